@@ -1,0 +1,293 @@
+"""Compressors: an update x [d] becomes a buffer of bytes, and a buffer becomes x_hat [d].
+
+A federated client sends its update over a slow uplink, so it sends less than it computed. Every compressor
+here is a pair: `encode(x) -> buffer`, a uint8 tensor with really packed bits, and `decode(buffer, d) -> x_hat`.
+The server sees buffers only, and the cost of a message is `len(buffer)`; nothing is counted on paper.
+
+    name       what x_hat is                                    E x_hat   error E||x_hat - x||^2        bits (+ 32 checksum)
+    identity   x                                                x         0                             32 d
+    topk       the k largest |x_j|, the rest 0                  biased    <= (1 - k/d) ||x||^2          k (32 + ceil(log2 d))
+    randk      k random coordinates (scaled by d/k or not)      x / -     (d/k - 1) or (1 - k/d) ||x||^2  32 k + 64
+    qsgd       |x_j| rounded at random to a grid of s levels    x         <= min(q/s^2, sqrt(q)/s) ||x||^2  d (1 + ceil(log2(s+1))) + 32 per bucket
+    sign       (||x||_1 / d) sign(x)                            biased    ||x||^2 - ||x||_1^2 / d       d + 32
+    natural    |x_j| rounded at random to a power of two        x         <= ||x||^2 / 8                9 d
+
+d is the length of x, q the bucket length of qsgd (d if there is one bucket; the bound is for the l2 scale).
+Unbiased with E err^2 <= omega ||x||^2 is the class U(omega); E err^2 <= (1 - delta) ||x||^2 is the class B(delta).
+The table is tested line by line (test_all.py, section compress).
+
+Sources: QSGD, Alistarh et al. 2017; top-k and error feedback, Stich et al. 2018, Karimireddy et al. 2019; natural
+compression, Horvath et al. 2019; the class names, Beznosikov et al. 2020. Ours: the 4-byte checksum that ends every
+buffer, so that a damaged message is an error and never a wrong update. Read next: sam.py.
+"""
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+
+# ---------------------------------------------------------------------------------------------- bits and bytes
+def pack(v, bits):
+    """Write n integers 0 <= v < 2^bits one after the other, without gaps.
+
+    v [n] integer tensor, bits in 0..32 -> uint8 [ceil(n bits / 8)].  Eight values of b <= 8 bits are exactly b bytes:
+    they are summed into one 64-bit word, of which b bytes are kept. Longer values are cut into 8-bit planes.
+    Example: pack([1, 2, 3], 2) is the one byte 0b111001.  Source: ours.
+    """
+    if bits == 0:
+        return v.new_zeros(0, dtype=torch.uint8)
+    if bits > 8:
+        return torch.cat([pack(v & 255, 8), pack(v >> 8, bits - 8)])
+    if bits == 8:
+        return v.to(torch.uint8)
+    n = len(v)
+    words = torch.nn.functional.pad(v.long(), (0, -n % 8)).view(-1, 8)
+    words = (words << (bits * torch.arange(8, device=v.device))).sum(1)
+    return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[:(n * bits + 7) // 8]
+
+
+def unpack(b, n, bits):
+    """The inverse of `pack`: uint8 [ceil(n bits / 8)] -> int64 [n].  Source: ours."""
+    if bits == 0:
+        return b.new_zeros(n, dtype=torch.long)
+    if bits > 8:
+        return unpack(b[:n], n, 8) | unpack(b[n:], n, bits - 8) << 8
+    if bits == 8:
+        return b.long()
+    groups = torch.nn.functional.pad(b, (0, -len(b) % bits)).view(-1, bits)
+    words = torch.nn.functional.pad(groups, (0, 8 - bits)).contiguous().view(torch.long)
+    return (words >> (bits * torch.arange(8, device=b.device)) & (1 << bits) - 1).reshape(-1)[:n]
+
+
+def to_bytes(x):
+    """The memory of a tensor of any shape [...] and type as bytes: -> uint8 [numel * itemsize].  Source: ours."""
+    return x.reshape(-1).contiguous().view(torch.uint8)
+
+
+def from_bytes(b, dtype):
+    """The inverse of `to_bytes`: uint8 [n * itemsize] -> [n]; ValueError if a number is not finite.  Source: ours."""
+    x = b.clone().view(dtype)                          # the clone aligns the memory
+    if x.dtype.is_floating_point and not x.isfinite().all():
+        raise ValueError("damaged buffer: it holds a number that is not finite")
+    return x
+
+
+def seal(*parts):
+    """Join byte tensors [n_1], [n_2], ... and close them with a CRC-32: -> uint8 [sum n_i + 4].  Source: ours."""
+    body = torch.cat(parts)
+    crc = zlib.crc32(body.cpu().numpy())
+    return torch.cat([body, torch.tensor(list(crc.to_bytes(4, "little")), dtype=torch.uint8, device=body.device)])
+
+
+def unseal(buffer, length=None):
+    """Check a sealed buffer [n + 4] and return its body [n].
+
+    Raises ValueError if it is no byte tensor, is not `length` + 4 long (when length is given), or fails its checksum.
+    Source: ours.
+    """
+    if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8 or buffer.dim() != 1:
+        raise ValueError("a buffer is a one-dimensional uint8 tensor")
+    if len(buffer) < 4 or length is not None and len(buffer) != length + 4:
+        raise ValueError(f"buffer of {len(buffer)} bytes, expected {'at least 4' if length is None else length + 4}")
+    body, crc = buffer[:-4], buffer[-4:]
+    if zlib.crc32(body.contiguous().cpu().numpy()) != int.from_bytes(bytes(crc.tolist()), "little"):
+        raise ValueError("damaged buffer: the checksum does not match")
+    return body
+
+
+# ------------------------------------------------------------------------------------------------ the compressors
+@dataclass(frozen=True)
+class Identity:
+    """x_hat = x: nothing is lost, 4 d bytes (+4) are sent.
+
+    encode: x [d] -> buffer; decode: buffer -> [d].  `dtype` is the float type on the wire, in every class of this file;
+    float64 lets a test be exact.  Source: definition.
+    """
+    dtype: torch.dtype = torch.float32
+    unbiased = True
+
+    def encode(self, x, generator=None):
+        return seal(to_bytes(x.to(self.dtype)))
+
+    def decode(self, buffer, d):
+        return from_bytes(unseal(buffer, d * self.dtype.itemsize), self.dtype)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest |x_j|: values as floats, places as ceil(log2 d)-bit integers.
+
+    encode: x [d] -> buffer; decode: buffer -> [d].  ||x_hat - x||^2 <= (1 - k/d) ||x||^2, with equality when all
+    |x_j| are equal; applying it twice changes nothing.  Source: Stich et al. 2018, Definition 2.1.
+    """
+    k: int
+    dtype: torch.dtype = torch.float32
+    unbiased = False
+
+    def encode(self, x, generator=None):
+        check_k(self.k, len(x))
+        kept = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        kept[x.abs().topk(self.k, sorted=False).indices] = True
+        where = kept.nonzero().view(-1)                                # in increasing order, cheaper than a sort
+        return seal(to_bytes(x[where].to(self.dtype)), pack(where, index_bits(len(x))))
+
+    def decode(self, buffer, d):
+        check_k(self.k, d)
+        values, bits = self.k * self.dtype.itemsize, index_bits(d)
+        body = unseal(buffer, values + (self.k * bits + 7) // 8)
+        where = unpack(body[values:], self.k, bits)
+        if where[-1] >= d or (where[1:] <= where[:-1]).any():
+            raise ValueError(f"damaged buffer: places must increase and stay below d = {d}")
+        value = from_bytes(body[:values], self.dtype)
+        return value.new_zeros(d).index_copy_(0, where, value)
+
+
+@dataclass(frozen=True)
+class RandK:
+    """Keep k coordinates chosen at random: the values and the 64-bit seed from which the server redraws the places.
+
+    encode: x [d] -> buffer; decode: buffer -> [d].  scaled: x_hat = (d/k) x on the chosen places, unbiased with
+    omega = d/k - 1; unscaled ("random masking"): E||x_hat - x||^2 = (1 - k/d) ||x||^2.  Source: Stich et al. 2018.
+    """
+    k: int
+    scaled: bool = True
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def unbiased(self):
+        return self.scaled
+
+    def places(self, seed, d):
+        return torch.randperm(d, generator=torch.Generator().manual_seed(seed))[:self.k]
+
+    def encode(self, x, generator=None):
+        check_k(self.k, len(x))
+        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu")
+        where = self.places(int(seed), len(x)).to(x.device)
+        return seal(to_bytes(seed.to(x.device)), to_bytes(x[where].to(self.dtype)))
+
+    def decode(self, buffer, d):
+        check_k(self.k, d)
+        body = unseal(buffer, 8 + self.k * self.dtype.itemsize)
+        value = from_bytes(body[8:], self.dtype) * (d / self.k if self.scaled else 1)
+        where = self.places(int(from_bytes(body[:8], torch.long)) & 2**62 - 1, d).to(body.device)
+        return value.new_zeros(d).index_copy_(0, where, value)
+
+
+@dataclass(frozen=True)
+class QSGD:
+    """Stochastic quantization: |x_j| / scale is rounded at random, up or down, to the grid 0, 1/s, 2/s, ..., 1.
+
+    encode: x [d] -> buffer; decode: buffer -> [d].  scale = "l2" (||x||_2, as in the paper) or "max" (max |x_j|: a
+    finer grid, since the largest entry is at most the norm); `bucket` = q > 0 gives every q coordinates a scale of
+    their own.  Unbiased; E||x_hat - x||^2 = (scale/s)^2 sum_j p_j (1 - p_j), p_j the fractional part of s |x_j|/scale.
+    The sign takes one bit beside the level: "b-bit quantization" with the sign inside b is s = 2^(b-1) - 1.
+    Source: Alistarh et al. 2017, section 3.1; the fixed-length code is ours (their Elias code is entropy coding).
+    """
+    levels: int = 7
+    scale: str = "l2"
+    bucket: int = 0
+    dtype: torch.dtype = torch.float32
+    unbiased = True
+
+    def rows(self, d):
+        """How [d] is cut: (number of buckets, their length)."""
+        q = self.bucket if 0 < self.bucket < d else d
+        return -(-d // q), q
+
+    def encode(self, x, generator=None):
+        s, d = self.levels, len(x)
+        n, q = self.rows(d)
+        x = torch.nn.functional.pad(x, (0, n * q - d)).view(n, q)
+        # vector_norm accumulates like the sum of squares it is; the scale is rounded to the wire's type FIRST, so that
+        # both ends use the same grid and the code stays unbiased
+        size = x.abs().amax(1) if self.scale == "max" else torch.linalg.vector_norm(x, dim=1)
+        size = size.to(self.dtype)
+        u = x.abs() * (s / size.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(torch.finfo(x.dtype).max)[:, None]
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        level = (u + noise).floor_().clamp_(max=s).view(-1)[:d]      # l + 1 with probability u - l; clamp: rounding only
+        sign = (x.view(-1)[:d] < 0).to(torch.int32) << s.bit_length()
+        return seal(to_bytes(size), pack(level.to(torch.int32) + sign, 1 + s.bit_length()))
+
+    def decode(self, buffer, d):
+        s, bits = self.levels, self.levels.bit_length()
+        n, q = self.rows(d)
+        head = n * self.dtype.itemsize
+        body = unseal(buffer, head + (d * (1 + bits) + 7) // 8)
+        size, code = from_bytes(body[:head], self.dtype), unpack(body[head:], d, 1 + bits)
+        level = code & (1 << bits) - 1
+        if (size < 0).any() or (level > s).any():
+            raise ValueError(f"damaged buffer: a scale below 0 or a level above s = {s}")
+        x = torch.where(code >> bits > 0, -level, level).to(self.dtype)
+        return (torch.nn.functional.pad(x, (0, n * q - d)).view(n, q) * (size / s)[:, None]).view(-1)[:d]
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One bit a coordinate and the mean magnitude: x_hat = (||x||_1 / d) sign(x).
+
+    encode: x [d] -> buffer; decode: buffer -> [d].  ||x_hat - x||^2 = ||x||^2 - ||x||_1^2 / d if no x_j is 0 (a zero is
+    sent as +).  Source: Karimireddy et al. 2019, section 3.
+    """
+    dtype: torch.dtype = torch.float32
+    unbiased = False
+
+    def encode(self, x, generator=None):
+        return seal(to_bytes(x.abs().mean().to(self.dtype)), pack((x < 0).to(torch.int32), 1))
+
+    def decode(self, buffer, d):
+        body = unseal(buffer, self.dtype.itemsize + (d + 7) // 8)
+        size = from_bytes(body[:self.dtype.itemsize], self.dtype)
+        return torch.where(unpack(body[self.dtype.itemsize:], d, 1) > 0, -size, size)
+
+
+@dataclass(frozen=True)
+class Natural:
+    """Natural compression: the sign and the exponent of a float32, the mantissa rounded away at random.
+
+    encode: x [d] -> buffer; decode: buffer -> [d] float32.  |x_j| = 2^e (1 + f), 0 <= f < 1, becomes 2^(e+1) with
+    probability f, else 2^e: unbiased with omega = 1/8. Adding a uniform 23-bit integer to the bit pattern and cutting
+    the mantissa does just that, subnormal numbers and 0 included.  Source: Horvath et al. 2019, Definition 1.
+    """
+    unbiased = True
+
+    def encode(self, x, generator=None):
+        pattern = x.float().contiguous().view(torch.int32)
+        noise = torch.randint(1 << 23, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+        exponent = ((pattern & 0x7FFFFFFF) + noise >> 23).clamp_(max=254)        # 255 would be infinity
+        return seal(pack(exponent, 8), pack((pattern < 0).to(torch.int32), 1))
+
+    def decode(self, buffer, d):
+        body = unseal(buffer, d + (d + 7) // 8)
+        if (body[:d] == 255).any():
+            raise ValueError("damaged buffer: exponent 255 is not a finite number")
+        size = (body[:d].to(torch.int32) << 23).view(torch.float32)
+        return torch.where(unpack(body[d:], d, 1) > 0, -size, size)
+
+
+def index_bits(d):
+    """Bits that name one of d places: ceil(log2 d), for a vector [d].  Source: definition."""
+    return (d - 1).bit_length()
+
+
+def check_k(k, d):
+    """ValueError unless k of a vector [d] can be kept: 1 <= k <= d.  Source: definition."""
+    if not 1 <= k <= d:
+        raise ValueError(f"k = {k} coordinates cannot be kept of d = {d}; k must be in 1..{d}")
+
+
+# ------------------------------------------------------------------------------------------------ error feedback
+def with_feedback(compressor, x, e, generator=None):
+    """Error feedback: send what is owed too, and remember what was left out.
+
+    p = e + x;  send C(p);  e <- p - C(p).   x [d], e [d] the residual this client kept (0 at first) -> (buffer, new e [d]).
+    It telescopes: the sum of everything sent plus the current e is the sum of all x. Use it with contractive compressors
+    (topk, sign, unscaled randk); with omega > 1 the residual grows without bound.
+    Source: Karimireddy et al. 2019, Algorithm 1, in update scale (x already contains the learning rate).
+    """
+    p = e + x
+    buffer = compressor.encode(p, generator)
+    return buffer, p - compressor.decode(buffer, len(p)).to(p.dtype)
+
+
+COMPRESSORS = {"identity": Identity, "topk": TopK, "randk": RandK, "qsgd": QSGD, "sign": Sign, "natural": Natural}

@@ -1,0 +1,305 @@
+"""Images and how they are split over clients.
+
+A federated data set is two things: the images (kept on the device as uint8, normalised batch by batch, so that all of
+CIFAR-10 costs 150 MB and a client costs nothing), and the split, a list with one tensor of image numbers per client.
+How the labels are spread over the clients is what makes federated learning hard:
+
+    iid               every client is a small copy of the whole
+    dirichlet         client i draws its own class prior p_i ~ Dir(alpha); all clients have the same size  (our default)
+    dirichlet-class   class c is cut over the clients by q_c ~ Dir(alpha); sizes differ, none falls below a minimum
+    shards            every client sees c classes, no others
+
+alpha -> infinity is IID, alpha = 0.1 leaves most clients with two or three classes. The two Dirichlet splits share the
+letter and not the difficulty: never compare their alphas.
+
+A batch is a tensor `rows` [B, 4] of integers (image number, shift down, shift right, flip); number -1 is padding with
+weight 0. All randomness is in these numbers, drawn beforehand (`draw_batches`), so that training itself is a pure function.
+Read next: models.py.
+"""
+import gzip
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+HERE = pathlib.Path(__file__).parent
+BUNDLED = HERE / "data" / "fashion_10k.npz"
+DOWNLOADS = HERE / "data" / "downloads"
+DEBIAN_FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")     # from Debian's package dataset-fashion-mnist
+FASHION_CLASSES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
+TORCHVISION = {"fashionmnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
+DATASETS = ["bundled", *TORCHVISION]
+PARTITIONS = ["iid", "dirichlet", "dirichlet-class", "shards"]
+MAX_SHIFT = 4                                                          # pixels: "crop with padding 4"
+
+
+class Batch(NamedTuple):
+    """x [B, C, H, W] float, y [B] labels, weight [B]: 1/(number of real images), or 0 for padding.  Source: ours."""
+    x: torch.Tensor
+    y: torch.Tensor
+    weight: torch.Tensor
+
+
+class Images(NamedTuple):
+    """x [n, C, H, W] uint8 and y [n] int64 on the device; mean, std [C] of the training images.  Source: ours."""
+    x: torch.Tensor
+    y: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    classes: list
+
+    def batch(self, rows, augment=False):
+        """The images that rows [B, 4] name, normalised (and shifted and flipped if augment) -> Batch.  Source: ours."""
+        number, dtype = rows[:, 0], self.mean.dtype
+        real = number >= 0
+        number = number.clamp_min(0)
+        x = moved(self.x, number, rows[:, 1:]) if augment else self.x[number]
+        x = (x.to(dtype) - self.mean[:, None, None]) / self.std[:, None, None]
+        return Batch(x, self.y[number], real.to(dtype) / real.sum().clamp_min(1))
+
+    def chunks(self, size, rows=None):
+        """All images (or those numbered in rows [n]) in order, as batches of at most `size`.  Source: ours."""
+        rows = torch.arange(len(self.y), device=self.y.device) if rows is None else rows
+        for part in rows.split(size):
+            yield self.batch(torch.nn.functional.pad(part[:, None], (0, 3)))
+
+
+class Dataset(NamedTuple):
+    """Three disjoint sets of Images: train (split over the clients), val (for tuning), test (for reporting).  Source: ours."""
+    train: Images
+    val: Images
+    test: Images
+
+
+def moved(x, number, how):
+    """Shift and flip by index arithmetic: x [n, C, H, W], number [B], how [B, 3] = (down, right, flip) -> [B, C, H, W].
+
+    Pixels that come from outside are 0 (black), as in torchvision's RandomCrop(padding=4).  Source: He et al. 2016, 4.2.
+    """
+    H, W = x.shape[2:]
+    row = torch.arange(H, device=x.device) - how[:, :1]                                # [B, H]
+    col = torch.arange(W, device=x.device).expand(len(number), W)
+    col = torch.where(how[:, 2:] > 0, W - 1 - col, col) - how[:, 1:2]                   # [B, W]
+    inside = ((row >= 0) & (row < H))[:, :, None] & ((col >= 0) & (col < W))[:, None, :]
+    out = x[number[:, None, None], :, row.clamp(0, H - 1)[:, :, None], col.clamp(0, W - 1)[:, None, :]]   # [B, H, W, C]
+    return (out * inside[..., None]).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+def import_torchvision():
+    """Import torchvision even where its compiled operators cannot load (a CUDA wheel beside a CPU torch).
+
+    There `import torchvision` fails with "operator torchvision::nms does not exist". Nothing here uses these operators,
+    so they are declared without an implementation and the import is tried again. -> the module (no tensors [])
+    Source: ours.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    import torchvision.datasets
+    import torchvision.models
+    return torchvision
+
+
+def read_idx_folder(folder):
+    """The four .gz files of MNIST's format -> x_train [n, H, W] uint8, y_train [n], x_test, y_test.  Source: LeCun, MNIST."""
+    def read(name):
+        raw = gzip.decompress((pathlib.Path(folder) / name).read_bytes())
+        shape = np.frombuffer(raw, ">i4", raw[3], 4)              # byte 3 is the number of dimensions
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    return [read(f"{split}-{kind}-ubyte.gz") for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def read_npz(path):
+    """A Keras-layout file -> x_train [n, H, W] or [n, H, W, C] uint8, y_train [n], x_test, y_test, class names.
+
+    Raises ValueError, saying what is wrong, unless the file is an .npz with these four arrays and legal labels.
+    Pickled objects are never loaded.  Source: the layout of keras.datasets.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in pack.files]
+            if missing:
+                raise ValueError(f"it has no array {missing[0]!r} (needed: x_train, y_train, x_test, y_test)")
+            arrays = {k: pack[k] for k in pack.files}
+    except FileNotFoundError:
+        raise ValueError(f"dataset {str(path)!r}: there is no such file (built in: {', '.join(DATASETS)})") from None
+    except Exception as error:                                   # numpy raises many kinds for a file that is no npz
+        raise ValueError(f"dataset {str(path)!r} cannot be read as a Keras-layout .npz: {error}") from None
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.ndim == 4 and x.shape[3] not in (1, 3) or min(x.shape[1:3]) < 8:
+            raise ValueError(f"dataset {str(path)!r}: x_{split} is {x.dtype} {x.shape}; expected uint8 (n, H, W) or "
+                             f"(n, H, W, 1 or 3) with H, W >= 8")
+        if y.size != len(x) or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"dataset {str(path)!r}: y_{split} is {y.dtype} {y.shape}; expected {len(x)} integer labels")
+        top = 999 if split == "train" else int(arrays["y_train"].max())
+        if len(y) == 0 or y.min() < 0 or y.max() > top:
+            raise ValueError(f"dataset {str(path)!r}: labels of y_{split} must lie in 0..{top}" +
+                             (f", found {y.min()}..{y.max()}" if len(y) else ", found none"))
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
+        raise ValueError(f"dataset {str(path)!r}: training and test images differ in shape")
+    names = [str(c) for c in arrays.get("classes", range(int(arrays["y_train"].max()) + 1))]
+    return *(arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")), names
+
+
+def read_torchvision(name, root):
+    """A torchvision data set, downloaded into `root` on first use -> arrays as `read_npz` [n, H, W(, C)].  Source: torchvision."""
+    kind = getattr(import_torchvision().datasets, TORCHVISION[name])
+    try:
+        sets = [kind(root, split=s, download=True) if name == "svhn" else kind(root, train=s == "train", download=True)
+                for s in ("train", "test")]
+    except Exception as error:           # no network, a damaged file, svhn without scipy: all of them the user's to mend
+        raise ValueError(f"dataset {name!r} could not be loaded through torchvision into {root}: {error}") from None
+    out = []
+    for s in sets:
+        x = np.asarray(s.data)
+        out += [x.transpose(0, 2, 3, 1) if name == "svhn" else x, np.asarray(s.labels if name == "svhn" else s.targets)]
+    return *out, getattr(sets[0], "classes", [str(c) for c in range(10)])
+
+
+def load(name, val=1000, device="cpu", root=DOWNLOADS, seed=0, dtype=torch.float32):
+    """Load a data set by name or .npz path and hold `val` class-balanced training images out -> Dataset of [n, C, H, W].
+
+    `fashionmnist` comes from Debian's package when it is installed, else from torchvision. Raises ValueError for a name
+    that is neither known nor a readable file, or for val >= the number of training images.  Source: ours.
+    """
+    if name == "fashionmnist" and DEBIAN_FASHION.exists():
+        *arrays, names = *read_idx_folder(DEBIAN_FASHION), FASHION_CLASSES
+    elif name in TORCHVISION:
+        *arrays, names = read_torchvision(name, root)
+    else:
+        *arrays, names = read_npz(BUNDLED if name == "bundled" else name)
+    x, y, x_test, y_test = arrays
+    y, y_test = y.reshape(-1).astype(np.int64), y_test.reshape(-1).astype(np.int64)
+    if not 0 <= val < len(y):
+        raise ValueError(f"val = {val} images cannot be held out of {len(y)} training images; it must be in 0..{len(y) - 1}")
+    held = balanced(y, val, np.random.default_rng(seed))
+    kept = np.setdiff1d(np.arange(len(y)), held)
+    pixels = [np.moveaxis(a.reshape(*a.shape[:3], -1), 3, 1) for a in (x[kept], x[held], x_test)]
+    flat = pixels[0].transpose(1, 0, 2, 3).reshape(pixels[0].shape[1], -1)
+    mean, std = (torch.tensor([f(c) for c in flat], dtype=dtype, device=device) for f in (np.mean, np.std))
+    return Dataset(*(Images(torch.tensor(np.ascontiguousarray(a), device=device), torch.tensor(b, device=device),
+                            mean, std.clamp_min(1e-6), names) for a, b in zip(pixels, (y[kept], y[held], y_test))))
+
+
+def balanced(y, n, rng):
+    """n places of y [N], as equally many of every class as possible, at random -> sorted places [n].  Source: ours."""
+    y = np.asarray(y)
+    order = rng.permutation(len(y))
+    rank = np.empty(len(y), dtype=int)                            # the how-manieth of its class each image is, in `order`
+    for c in np.unique(y):
+        mine = order[y[order] == c]
+        rank[mine] = np.arange(len(mine))
+    return np.sort(order[np.argsort(rank[order], kind="stable")][:n])
+
+
+# ------------------------------------------------------------------------------------------------------ splitting
+def partition(y, n_clients, how="dirichlet", alpha=0.1, classes_per_client=2, min_size=10, seed=0):
+    """Split the images over the clients: y [n] labels -> list of n_clients tensors of image numbers, without repeats.
+
+    Raises ValueError for alpha <= 0, an unknown `how`, more clients than images, or an impossible minimum.
+    Source: Hsu et al. 2019 (dirichlet), Li et al. 2022 (dirichlet-class), McMahan et al. 2017 (shards).
+    """
+    y, rng = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y), np.random.default_rng(seed)
+    if not 1 <= n_clients <= len(y):
+        raise ValueError(f"{n_clients} clients cannot share {len(y)} training images; clients must be in 1..{len(y)}")
+    if how not in PARTITIONS:
+        raise ValueError(f"unknown partition {how!r}; choose from {', '.join(PARTITIONS)}")
+    if how.startswith("dirichlet") and not alpha > 0:
+        raise ValueError(f"alpha = {alpha} is no Dirichlet parameter; it must be above 0")
+    pools = [rng.permutation(np.flatnonzero(y == c)) for c in range(y.max() + 1)]
+    if how == "iid":
+        parts = np.array_split(rng.permutation(len(y)), n_clients)
+    elif how == "dirichlet":
+        parts = dirichlet_per_client(pools, n_clients, alpha, rng)
+    elif how == "dirichlet-class":
+        parts = dirichlet_per_class(pools, n_clients, alpha, min_size, rng)
+    else:
+        parts = shards(pools, n_clients, classes_per_client, rng)
+    return [torch.from_numpy(np.sort(p)) for p in parts]
+
+
+def dirichlet_per_client(pools, n_clients, alpha, rng):
+    """Client i: class prior p_i ~ Dir(alpha); clients take turns to draw one image each, n // n_clients times.
+
+    pools: one array of image numbers per class -> list of arrays [n // n_clients].  A class that has run out leaves every
+    prior (no image is used twice; that all clients run into this equally often is why they take turns).
+    Source: Hsu et al. 2019, section 3; drawing without replacement is this project's choice.
+    """
+    left = np.array([len(p) for p in pools])
+    prior = rng.dirichlet([alpha] * len(pools), n_clients) + 1e-12      # the constant keeps every class possible
+    parts = [[] for _ in range(n_clients)]
+    for _ in range(left.sum() // n_clients):
+        for i in rng.permutation(n_clients):
+            cut = np.cumsum(prior[i] * (left > 0))
+            c = min(int(np.searchsorted(cut, rng.random() * cut[-1], side="right")), np.flatnonzero(left)[-1])
+            left[c] -= 1
+            parts[i].append(pools[c][left[c]])
+    return [np.array(p) for p in parts]
+
+
+def dirichlet_per_class(pools, n_clients, alpha, min_size, rng):
+    """Class c is cut over the clients by q_c ~ Dir(alpha); then the largest clients feed those below min_size.
+
+    pools: one array of image numbers per class -> list of arrays of unequal length >= min_size.
+    Source: Li et al. 2022 (NIID-Bench); they redraw until the minimum holds, which may never happen, so we refill.
+    """
+    n = sum(map(len, pools))
+    if min_size * n_clients > n:
+        raise ValueError(f"min_size = {min_size} images for each of {n_clients} clients are more than the {n} there are")
+    parts = [[] for _ in range(n_clients)]
+    for pool in pools:
+        cuts = (np.cumsum(rng.dirichlet([alpha] * n_clients))[:-1] * len(pool)).astype(int)
+        for part, piece in zip(parts, np.split(pool, cuts)):
+            part.extend(piece)
+    while min(map(len, parts)) < min_size:
+        rich, poor = max(parts, key=len), min(parts, key=len)
+        poor.append(rich.pop(rng.integers(len(rich))))
+    return [np.array(p) for p in parts]
+
+
+def shards(pools, n_clients, c, rng):
+    """Every client holds c classes (fewer if its draw repeats one), and every class is shared out equally.
+
+    pools: one array of image numbers per class -> list of arrays.  Raises ValueError unless 1 <= c <= number of classes
+    and the clients together hold every class.  Source: McMahan et al. 2017, section 3 (shards cut at class borders: ours).
+    """
+    C = len(pools)
+    if not 1 <= c <= C or c * n_clients < C:
+        raise ValueError(f"classes_per_client = {c} with {n_clients} clients cannot cover {C} classes; it must be in "
+                         f"{max(1, -(-C // n_clients))}..{C}")
+    deal = np.concatenate([rng.permutation(C) for _ in range(-(-c * n_clients // C))])[:c * n_clients].reshape(n_clients, c)
+    parts = [[] for _ in range(n_clients)]
+    for k, pool in enumerate(pools):
+        holders = [i for i in range(n_clients) if k in deal[i]]
+        for i, piece in zip(holders, np.array_split(pool, len(holders))):
+            parts[i].extend(piece)
+    return [np.array(p) for p in parts]
+
+
+def draw_batches(mine, batch_size, steps, epochs, generator, augment=False):
+    """One client's batches of one round: mine [n] image numbers -> rows [K, B, 4] (image, down, right, flip).
+
+    With epochs > 0: each epoch is a fresh shuffle cut into ceil(n / B) batches, the last one padded with -1. Otherwise
+    exactly `steps` full batches from shuffles laid end to end, so a small client meets its images again.
+    Source: McMahan et al. 2017, Algorithm 1 (epochs).
+    """
+    def shuffle():
+        return mine[torch.randperm(len(mine), generator=generator)]
+    if epochs:
+        number = torch.cat([torch.nn.functional.pad(shuffle(), (0, -len(mine) % batch_size), value=-1) for _ in range(epochs)])
+    else:
+        need = steps * batch_size
+        number = torch.cat([shuffle() for _ in range(-(-need // len(mine)))])[:need]
+    how = torch.zeros(len(number), 3, dtype=torch.long)
+    if augment:
+        how[:, :2] = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (len(number), 2), generator=generator)
+        how[:, 2] = torch.randint(2, (len(number),), generator=generator)
+    return torch.cat([number[:, None], how], 1).view(-1, batch_size, 4)
