@@ -13,7 +13,7 @@ the step size a are learnt by Adam on L_TM, with gradients through all M inner s
 teaches nothing", 0 means "D_syn walks exactly where the federation walked".
 
 What D_syn is good for: DynaFed trains on it at the server; FedSynSAM reads the global ascent direction from it
-(`synthetic_gradient`, fl.py). The soft cross-entropy here is the true one, a sum over classes; DynaFed's code also divides
+(the gradient of `synthetic_loss`; fl.py). The soft cross-entropy here is the true one, a sum over classes; DynaFed's code also divides
 by the number of classes C, so its step size 0.04 is 0.004 here (C = 10).
 
 Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878), section 3.2; trajectory matching, Cazenavette et al. 2022; the
@@ -43,9 +43,12 @@ def soft_cross_entropy(scores, logits):
     return -(logits.softmax(1) * scores.log_softmax(1)).sum(1).mean()
 
 
-def synthetic_gradient(apply, w, synthetic):
-    """The gradient at w [d] of the soft cross-entropy on all synthetic images -> [d].  Source: FedSynSAM's g_syn (our reading)."""
-    return torch.func.grad(lambda v: soft_cross_entropy(apply(v, synthetic.images), synthetic.logits))(w)
+def synthetic_loss(apply, w, synthetic):
+    """The soft cross-entropy at w [d] on all synthetic images -> []; its gradient is FedSynSAM's estimate of "uphill".
+
+    Source: FedSynSAM (arXiv 2602.11584), abstract; full batch and soft labels are our reading.
+    """
+    return soft_cross_entropy(apply(w, synthetic.images), synthetic.logits)
 
 
 def unroll(apply, w, synthetic, inner_steps, look=lambda x: x):
@@ -114,7 +117,7 @@ def distill(apply, trajectory, guess, generator, outer_steps=200, inner_steps=10
     learnt = [t.clone().requires_grad_() for t in guess]
     adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(learnt, (rate_images, rate_labels, rate_step))])
     losses, failed = [], 0
-    bar = tqdm(range(outer_steps), desc="distilling", disable=not progress, leave=False, mininterval=0.5)
+    bar = tqdm(range(outer_steps), desc="distilling", disable=None if progress else True, leave=False, mininterval=0.5)
     for _ in bar:
         start, target = draw_segment(trajectory, window, average, generator)
         look = (lambda x: augmented(x, generator)) if augment else (lambda x: x)
@@ -132,7 +135,7 @@ def distill(apply, trajectory, guess, generator, outer_steps=200, inner_steps=10
             if failed == 10:
                 raise FloatingPointError("the matching loss stayed non-finite for 10 steps: lower the synthetic step size "
                                          "(syn_step) or its learning rates")
-        losses.append(float(loss))
+        losses.append(loss.item())
         bar.set_postfix(L_TM=f"{losses[-1]:.3f}")
     return Synthetic(*(p.detach() for p in learnt)), losses
 

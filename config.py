@@ -1,0 +1,159 @@
+"""Every setting of a run: what it means, its unit, its legal values, and who chose it.
+
+Results cannot be reproduced when a setting is not written down. So there is one list, this one; `python run.py --help`
+prints it, config.json in every run folder records it, and a test checks that every field is really read.
+
+[paper] the value or form is stated by the source of the method;  [ours] the source leaves it open (of FedSynSAM only the
+abstract was at hand), and this is our choice, made on validation data where a number is meant (README, "How the defaults
+were chosen").  Read next: run.py.
+"""
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+
+import compress
+import data
+import fl
+import models
+
+
+def option(default, text, *legal):
+    """A field with its sentence for --help and, if given, its legal values (no tensors []).  Source: ours."""
+    return field(default=default, metadata={"text": text, "legal": legal})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings (no tensors []); `check()` says in one ValueError what is wrong with them.  Source: see each field."""
+    algo: str = option("fedsynsam", "method", *fl.METHODS)
+    seed: int = option(0, "seed of everything random: split, weights, clients, batches, compressor, synthesis")
+    # data
+    dataset: str = option("bundled", f"one of {', '.join(data.DATASETS)}, or a Keras-layout file PATH.npz")
+    val: int = option(1000, "training images held out for tuning, class-balanced")
+    partition: str = option("dirichlet", "how images are split over clients (data.py)", *data.PARTITIONS)
+    alpha: float = option(0.1, "Dirichlet parameter of the split, above 0; small is skewed")
+    classes_per_client: int = option(2, "for partition shards")
+    min_size: int = option(10, "for partition dirichlet-class: least images of a client")
+    augment: bool = option(False, "shift images by up to 4 pixels and flip them")
+    # network
+    model: str = option("cnn", "network (models.py)", *models.MODELS)
+    width: int = option(8, "channels of cnn's first layer")
+    hidden: int = option(64, "units of the hidden layer of cnn and mlp")
+    # federation
+    clients: int = option(100, "number of clients N")
+    participation: int = option(10, "clients per round m")
+    rounds: int = option(80, "rounds T")
+    local_steps: int = option(10, "local steps K of every client")
+    local_epochs: int = option(0, "if above 0: epochs over the client's own images, instead of local_steps")
+    batch: int = option(20, "images per local step")
+    lr: float = option(0.05, "learning rate eta of the clients")
+    lr_decay: float = option(1.0, "eta is multiplied by this after every round")
+    weight_decay: float = option(0.0, "added to the gradient as weight_decay * w, after clipping")
+    clip: float = option(10.0, "largest l2 norm of a gradient step; 0 is off")
+    server_lr: float = option(1.0, "learning rate eta_g of the server")
+    average: str = option("uniform", "weights of the clients in the mean", "uniform", "size")
+    # uplink
+    compress: str = option("qsgd", "compressor of the uplink (compress.py)", *compress.COMPRESSORS)
+    k: float = option(0.05, "topk, randk: coordinates kept; below 1 a fraction of d, else a count")
+    levels: int = option(7, "qsgd: levels s; with the sign, 1 + ceil(log2(s+1)) bits a coordinate")
+    scale: str = option("max", "qsgd: scale of a bucket", "l2", "max")
+    bucket: int = option(512, "qsgd: coordinates that share a scale; 0 is all")
+    scaled: bool = option(True, "randk: multiply by d/k (unbiased), or not (random masking)")
+    error_feedback: bool = option(False, "clients add what compression left out to their next update")
+    # sharpness-aware perturbation
+    rho: float = option(0.1, "radius of SAM's ball [ours for FedSynSAM]")
+    # synthetic data (DynaFed, FedSynSAM)
+    warmup: int = option(15, "rounds T_w before the synthesis [ours; DynaFed 24]")
+    warmup_method: str = option("fedsam", "FedSynSAM before the synthesis [ours]", "fedsam", "fedavg")
+    resynthesize: int = option(0, "rounds between syntheses; 0 is once [DynaFed: once; ours for FedSynSAM]")
+    ipc: int = option(5, "synthetic images per class [ours; DynaFed 15]")
+    outer_steps: int = option(200, "Adam steps of the synthesis [ours; DynaFed 3000]")
+    inner_steps: int = option(10, "unrolled steps M [ours; DynaFed 20]")
+    window: int = option(3, "target lies at most so many rounds ahead [DynaFed]")
+    average_targets: bool = option(True, "target is a mean of snapshots in the window [DynaFed]")
+    syn_step: float = option(0.01, "first value of the synthetic step size a, true cross-entropy scale [ours; DynaFed 0.004]")
+    syn_labels: float = option(0.0, "first label logits are this times one-hot [DynaFed's scripts 0, its default 10]")
+    rate_images: float = option(0.05, "Adam rate of the synthetic images [DynaFed]")
+    rate_labels: float = option(0.01, "Adam rate of the label logits [DynaFed]")
+    rate_step: float = option(1e-5, "Adam rate of the synthetic step size [DynaFed]")
+    syn_augment: bool = option(False, "differentiable augmentation in the synthesis [ours; DynaFed on]")
+    mix: float = option(0.5, "FedSynSAM: weight of the synthetic gradient, 0..1 [ours]")
+    mix_units: bool = option(True, "FedSynSAM: mix unit vectors instead of raw gradients [ours]")
+    syn_gradient: str = option("step", "FedSynSAM: synthetic gradient at every step, or once a round at w^t [ours]", "step", "round")
+    finetune_epochs: int = option(20, "DynaFed: server epochs on the synthetic data a round [DynaFed]")
+    finetune_lr: float = option(1e-4, "DynaFed: Adam rate of the server [DynaFed]")
+    finetune_batch: int = option(256, "DynaFed: images per server step [DynaFed]")
+    # measuring
+    eval_every: int = option(1, "rounds between evaluations")
+    last: int = option(5, "the reported accuracy is the mean over this many last evaluations")
+    measure_images: int = option(2000, "training images for eigenvalue and alignment")
+    # machine: these change seconds, not the experiment, and are left out of the settings hash
+    device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
+    threads: int = option(0, "CPU threads, and clients trained at the same time on a CPU; 0 is all cores")
+    chunk: int = option(0, "clients per vmap call; 1 is one after the other; 0 is 1 on a CPU and all on a GPU")
+    deterministic: bool = option(False, "refuse operations that are not reproducible on a GPU")
+    checkpoint_every: int = option(5, "rounds between checkpoints")
+
+    def check(self):
+        """Raise ValueError with the value, the rule it broke and the legal values (no tensors []).  Source: ours."""
+        for f in dataclasses.fields(self):
+            value, legal = getattr(self, f.name), f.metadata["legal"]
+            if legal and value not in legal:
+                raise ValueError(f"{f.name} = {value!r} is unknown; {closest(value, legal)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name} = {value} is not a finite number")
+        for name, low, high in (
+                ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 4096),
+                ("hidden", 1, 65536), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
+                ("local_steps", 1, None), ("local_epochs", 0, None), ("batch", 1, None), ("weight_decay", 0, None), ("clip", 0, None),
+                ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("rho", 0, None), ("warmup", 1, None),
+                ("resynthesize", 0, None), ("ipc", 1, None), ("outer_steps", 1, None), ("inner_steps", 1, None), ("window", 1, self.warmup),
+                ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("finetune_epochs", 0, None),
+                ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
+                ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
+            value = getattr(self, name)
+            if value < low or high is not None and value > high:
+                raise ValueError(f"{name} = {value} is out of range; it must be " +
+                                 (f"at least {low}" if high is None else f"in {low}..{high}"))
+        for name in ("alpha", "lr", "server_lr", "k", "syn_step"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
+        return self
+
+    def quick(self):
+        """The same job at a tenth of the size, for a first look and for tests (no tensors []).  Source: ours."""
+        tenth = lambda n, least: max(least, round(n / 10))                                        # noqa: E731
+        warmup = tenth(self.warmup, 2)
+        return dataclasses.replace(
+            self, rounds=tenth(self.rounds, 3), warmup=warmup, window=min(self.window, warmup), outer_steps=tenth(self.outer_steps, 5),
+            last=1, measure_images=tenth(self.measure_images, 100), resynthesize=-(-self.resynthesize // 10))
+
+    def hash(self):
+        """Eight characters that two runs share if and only if all settings but the machine's agree (no tensors []).  Source: ours."""
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in MACHINE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+MACHINE = ("device", "threads", "chunk", "deterministic", "checkpoint_every")
+
+
+def closest(word, legal):
+    """"did you mean X? legal: ...", for a word that is none of `legal` (no tensors []).  Source: ours."""
+    near = difflib.get_close_matches(str(word).lower(), legal, 1, 0.5)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"legal: {', '.join(legal)}"
+
+
+def compressor(cfg, d):
+    """The uplink compressor for vectors [d] that the settings name. Raises ValueError if k is not in 1..d.  Source: compress.py."""
+    k = round(cfg.k * d) if cfg.k < 1 else cfg.k
+    if cfg.compress in ("topk", "randk") and (k != int(k) or not 1 <= k <= d):
+        raise ValueError(f"k = {cfg.k:g} keeps {k:g} of d = {d} coordinates; a count must be whole and in 1..{d}, a fraction in 0..1")
+    known = compress.COMPRESSORS[cfg.compress]
+    if known is compress.TopK:
+        return known(int(k))
+    if known is compress.RandK:
+        return known(int(k), cfg.scaled)
+    return known(cfg.levels, cfg.scale, cfg.bucket) if known is compress.QSGD else known()

@@ -1,0 +1,68 @@
+"""The figures: curves over rounds and over bytes, and the distilled images. matplotlib is imported only when drawing."""
+import numpy as np
+
+# Okabe-Ito colours, told apart by colour-blind readers; a method has the same colour in every figure
+COLOURS = {"fedavg": "#000000", "fedsam": "#E69F00", "fedlesam": "#56B4E9", "fedlesam-server": "#0072B2", "dynafed": "#CC79A7",
+           "fedsynsam": "#D55E00"}
+
+
+def pyplot():
+    """matplotlib without a screen.  Source: ours."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def curve(path, logs, title):
+    """Draw test accuracy and training loss over rounds, and accuracy over megabytes sent up.
+
+    logs: {method: [log of seed 0, log of seed 1, ...]}, a log being the list of lines of log.jsonl; with several seeds the
+    line is the mean and the band one standard deviation (no tensors []).  Source: ours.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    for n, (method, runs) in enumerate(logs.items()):
+        runs = [[x for x in run if "test_acc" in x] for run in runs]
+        runs = [run[:min(map(len, runs))] for run in runs]
+        rounds, colour = [x["round"] for x in runs[0]], COLOURS.get(method, f"C{n}")
+        mega = np.mean([[x["up"] for x in run] for run in runs], 0) / 1e6
+        for axis, at, key, scale in ((axes[0], rounds, "test_acc", 100), (axes[1], rounds, "train_loss", 1), (axes[2], mega, "test_acc", 100)):
+            y = scale * np.array([[x[key] for x in run] for run in runs])
+            axis.plot(at, y.mean(0), color=colour, label=method, lw=1.6)
+            if len(runs) > 1:
+                axis.fill_between(at, y.mean(0) - y.std(0, ddof=1), y.mean(0) + y.std(0, ddof=1), color=colour, alpha=0.15, lw=0)
+    for axis, x, y in zip(axes, ("round", "round", "megabytes sent up"), ("test accuracy (%)", "training loss", "test accuracy (%)")):
+        axis.set(xlabel=x, ylabel=y)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def synthetic(path, learnt, images):
+    """Draw the distilled images, one row per class, each with the class its learnt label favours and how strongly.
+
+    learnt: synth.Synthetic with images [n, C, H, W] (normalised) and logits [n, classes]; images: the data.Images whose mean
+    and std undo the normalisation.  Source: ours.
+    """
+    plt = pyplot()
+    mean, std = (v.cpu()[:, None, None] for v in (images.mean, images.std))
+    pixels = ((learnt.images.cpu() * std + mean).clamp(0, 255) / 255).permute(0, 2, 3, 1).numpy()
+    labels, classes = learnt.logits.softmax(1).cpu(), images.classes
+    rows = min(len(classes), 20)                                # of many classes the first twenty are drawn
+    per_class = len(pixels) // len(classes)
+    figure, axes = plt.subplots(rows, per_class, figsize=(1.25 * per_class + 1.2, 1.35 * rows), squeeze=False)
+    for i, axis in enumerate(axes.flat):
+        axis.imshow(pixels[i].squeeze(), cmap="gray", interpolation="nearest")
+        best = int(labels[i].argmax())
+        axis.set_title(f"{classes[best]} {float(labels[i, best]):.2f}", fontsize=7, pad=2)
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        if i % per_class == 0:
+            axis.set_ylabel(classes[i // per_class], rotation=0, ha="right", va="center", fontsize=8)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
