@@ -170,6 +170,8 @@ class RandK:
         check_k(self.k, d)
         body = unseal(buffer, 8 + self.k * self.dtype.itemsize)
         value = from_bytes(body[8:], self.dtype) * (d / self.k if self.scaled else 1)
+        if not value.isfinite().all():
+            raise ValueError("damaged buffer: a value times d/k is not finite")
         where = self.places(int(from_bytes(body[:8], torch.long)) & 2**62 - 1, d).to(body.device)
         return value.new_zeros(d).index_copy_(0, where, value)
 
@@ -191,7 +193,7 @@ class QSGD:
     unbiased = True
 
     def rows(self, d):
-        """How [d] is cut: (number of buckets, their length)."""
+        """How a vector [d] is cut: -> (number of buckets, their length).  Source: Alistarh et al. 2017, section 4."""
         q = self.bucket if 0 < self.bucket < d else d
         return -(-d // q), q
 
@@ -199,10 +201,10 @@ class QSGD:
         s, d = self.levels, len(x)
         n, q = self.rows(d)
         x = torch.nn.functional.pad(x, (0, n * q - d)).view(n, q)
-        # vector_norm accumulates like the sum of squares it is; the scale is rounded to the wire's type FIRST, so that
-        # both ends use the same grid and the code stays unbiased
-        size = x.abs().amax(1) if self.scale == "max" else torch.linalg.vector_norm(x, dim=1)
-        size = size.to(self.dtype)
+        # the sum of squares is taken in float64, where it cannot overflow; the scale is rounded to the wire's type FIRST,
+        # so that both ends use the same grid and the code stays unbiased
+        size = x.abs().amax(1) if self.scale == "max" else torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        size = size.clamp_max(torch.finfo(self.dtype).max).to(self.dtype)
         u = x.abs() * (s / size.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(torch.finfo(x.dtype).max)[:, None]
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         level = (u + noise).floor_().clamp_(max=s).view(-1)[:d]      # l + 1 with probability u - l; clamp: rounding only
@@ -233,7 +235,7 @@ class Sign:
     unbiased = False
 
     def encode(self, x, generator=None):
-        return seal(to_bytes(x.abs().mean().to(self.dtype)), pack((x < 0).to(torch.int32), 1))
+        return seal(to_bytes(x.abs().mean(dtype=torch.float64).to(self.dtype)), pack((x < 0).to(torch.int32), 1))
 
     def decode(self, buffer, d):
         body = unseal(buffer, self.dtype.itemsize + (d + 7) // 8)

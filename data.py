@@ -66,7 +66,7 @@ class Images(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Three disjoint sets of Images: train (split over the clients), val (for tuning), test (for reporting).  Source: ours."""
+    """Three disjoint sets of Images [n, C, H, W]: train (split over the clients), val (tuning), test (reporting).  Source: ours."""
     train: Images
     val: Images
     test: Images
@@ -229,7 +229,7 @@ def partition(y, n_clients, how="dirichlet", alpha=0.1, classes_per_client=2, mi
 def dirichlet_per_client(pools, n_clients, alpha, rng):
     """Client i: class prior p_i ~ Dir(alpha); clients take turns to draw one image each, n // n_clients times.
 
-    pools: one array of image numbers per class -> list of arrays [n // n_clients].  A class that has run out leaves every
+    pools: one array [n_c] of image numbers per class -> list of arrays [n // n_clients].  A class that has run out leaves every
     prior (no image is used twice; that all clients run into this equally often is why they take turns).
     Source: Hsu et al. 2019, section 3; drawing without replacement is this project's choice.
     """
@@ -248,7 +248,7 @@ def dirichlet_per_client(pools, n_clients, alpha, rng):
 def dirichlet_per_class(pools, n_clients, alpha, min_size, rng):
     """Class c is cut over the clients by q_c ~ Dir(alpha); then the largest clients feed those below min_size.
 
-    pools: one array of image numbers per class -> list of arrays of unequal length >= min_size.
+    pools: one array [n_c] of image numbers per class -> list of arrays of unequal length >= min_size.
     Source: Li et al. 2022 (NIID-Bench); they redraw until the minimum holds, which may never happen, so we refill.
     """
     n = sum(map(len, pools))
@@ -268,7 +268,7 @@ def dirichlet_per_class(pools, n_clients, alpha, min_size, rng):
 def shards(pools, n_clients, c, rng):
     """Every client holds c classes (fewer if its draw repeats one), and every class is shared out equally.
 
-    pools: one array of image numbers per class -> list of arrays.  Raises ValueError unless 1 <= c <= number of classes
+    pools: one array [n_c] of image numbers per class -> list of arrays.  Raises ValueError unless 1 <= c <= number of classes
     and the clients together hold every class.  Source: McMahan et al. 2017, section 3 (shards cut at class borders: ours).
     """
     C = len(pools)

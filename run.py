@@ -19,222 +19,18 @@ buffers that were really sent.  Read next: test_all.py.
 import argparse
 import dataclasses
 import difflib
-import hashlib
 import inspect
 import json
-import math
-import os
 import pathlib
-import platform
 import statistics
 import sys
-import time
-
-import numpy
-import torch
-from tqdm import tqdm
 
 import config
-import data
+import experiment
 import fl
-import models
-import sharpness
-import synth
+import loop
 from config import Config
 from tools import plot
-
-HERE = pathlib.Path(__file__).parent
-
-
-class UserError(ValueError):
-    """Wrong input: one helpful line, exit code 2 (no tensors []).  Source: ours."""
-
-
-# ----------------------------------------------------------------------------------------------------- composition
-def device_of(cfg):
-    """The torch device that the settings name; ValueError for cuda without a GPU (no tensors []).  Source: ours."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda', but torch sees no GPU here; use auto or cpu")
-    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def threads_of(cfg):
-    """CPU threads to use: the setting, or all cores this process may use (no tensors []).  Source: ours."""
-    return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def compose(cfg):
-    """From settings to things: load images, split them, build w0 [d], compressor and loop -> (Dataset, Federation).
-
-    Raises ValueError for anything in the settings that cannot work.  Source: ours.
-    """
-    device = device_of(cfg)
-    torch.set_num_threads(threads_of(cfg))
-    torch.use_deterministic_algorithms(cfg.deterministic)
-    images = data.load(cfg.dataset, cfg.val, device)
-    model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device)
-    parts = data.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
-    task = fl.Task(model, images.train, parts, cfg)
-    chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
-    return images, fl.Federation(task, cfg, config.compressor(cfg, len(model.w0)), threads_of(cfg), chunk)
-
-
-def machine():
-    """Versions and hardware, for config.json -> dict (no tensors []).  Source: ours."""
-    code = b"".join((HERE / f).read_bytes() for f in sorted(p.name for p in HERE.glob("*.py") if not p.name.startswith("test")))
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "system": platform.platform(),
-            "processor": platform.machine(), "cores": os.cpu_count(), "source": hashlib.sha256(code).hexdigest()[:8],
-            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}
-
-
-# -------------------------------------------------------------------------------------------------- folder of a run
-def write(path, text):
-    """Write a small file in one piece: it is there whole or not at all (no tensors []).  Source: ours."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def new_folder(root, name, fallback):
-    """Make root/name (UserError if it exists), or root/fallback, root/fallback-2, ... (no tensors []).  Source: ours."""
-    for n in range(1, 10**6):
-        folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if name:
-                raise UserError(f"{folder} exists and is not overwritten; choose another --name, or continue it with --resume {folder}") from None
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-
-def read_settings(folder):
-    """(Is it a single run?, its Configs) of a run's or comparison's folder; UserError if it is neither (no tensors []).  Source: ours."""
-    single = not (folder / "comparison.json").exists()
-    path = folder / ("config.json" if single else "comparison.json")
-    try:
-        stored = json.loads(path.read_text())
-        return single, [Config(**s).check() for s in ([stored["settings"]] if single else stored)]
-    except OSError:
-        raise UserError(f"{folder} is no run folder: it has no config.json (runs here: {runs_beside(folder)})") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not from this version of the project: {error}") from None
-
-
-def runs_beside(folder):
-    """Names of the run folders beside `folder`, for error messages (no tensors []).  Source: ours."""
-    found = sorted(p.parent.name for p in folder.parent.glob("*/config.json")) if folder.parent.is_dir() else []
-    return ", ".join(found[:8]) or "none"
-
-
-def save(folder, fed, seconds, log_length):
-    """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length.  Source: ours."""
-    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg")}
-    state = {"settings": fed.cfg.hash(), "t": fed.t, "w": fed.w, "move": fed.move, "up": fed.up, "down": fed.down, "method": method,
-             "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "seconds": seconds, "log": log_length}
-    with open(folder / "checkpoint.tmp", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-
-
-def restore(folder, fed):
-    """Continue from checkpoint.pt if there is one -> (seconds so far, length of the log then).  w [d] and all else as saved.
-
-    UserError if the file is damaged or belongs to other settings. Loads no code (weights_only).  Source: ours.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return 0.0, 0
-    try:
-        with torch.serialization.safe_globals([synth.Synthetic]):
-            state = torch.load(path, map_location=fed.w.device, weights_only=True)
-        same = state["settings"] == fed.cfg.hash()
-    except Exception as error:                                    # torch raises many kinds for a damaged file
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not same:
-        raise UserError(f"{path} belongs to other settings than {folder}/config.json")
-    fed.t, fed.w, fed.move, fed.up, fed.down = (state[k] for k in ("t", "w", "move", "up", "down"))
-    fed.memory.table, fed.memory.slot, fed.holders = state["table"], state["slot"], set(state["holders"])
-    vars(fed.method).update(state["method"])
-    return state["seconds"], state["log"]
-
-
-# ------------------------------------------------------------------------------------------------------------ a run
-def execute(folder, cfg, label=""):
-    """Do the run of `folder`, from its checkpoint if it has one -> the dict of result.json (no tensors []).
-
-    Raises fl.Diverged or FloatingPointError if numbers stop being finite; the log is kept.  Source: ours.
-    """
-    if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
-    images, fed = compose(cfg)
-    rows = measured_rows(fed)
-    seconds, length = restore(folder, fed)
-    started = time.perf_counter() - seconds
-    with open(folder / "log.jsonl", "a+") as log, tqdm(total=cfg.rounds, initial=fed.t, desc=label or cfg.algo, disable=None) as bar:
-        log.truncate(length)                            # what was logged after the checkpoint will be logged again
-        while fed.t < cfg.rounds:
-            synthesised = fed.round(progress=True)
-            line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down}
-            if fed.t % cfg.eval_every == 0 or fed.t == cfg.rounds:
-                line |= evaluated(fed, images, rows)
-                bar.set_postfix(loss=f"{line['train_loss']:.3f}", acc=f"{line['test_acc']:.3f}", MB=f"{(fed.up + fed.down) / 1e6:.1f}")
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            bar.update()
-            if fed.t % cfg.checkpoint_every == 0 or fed.t == cfg.rounds or synthesised:
-                save(folder, fed, time.perf_counter() - started, log.tell())
-    result = measured(folder, fed, rows, time.perf_counter() - started)
-    lines = read_log(folder)
-    plot.curve(folder / "curve.png", {cfg.algo: [lines]}, cfg.algo)
-    if getattr(fed.method, "synthetic", None) is not None:
-        plot.synthetic(folder / "synthetic.png", fed.method.synthetic, images.train)
-    write(folder / "result.json", json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def measured_rows(fed):
-    """A fixed random sample of training images for loss, eigenvalue and alignment -> numbers [n].  Source: ours."""
-    n = len(fed.task.train.y)
-    return torch.randperm(n, generator=fl.generator(0, "measure"))[:fed.cfg.measure_images].to(fed.w.device)
-
-
-def evaluated(fed, images, rows):
-    """Loss and accuracy of w [d] on validation and test images, and the loss on the measured training images -> dict.  Source: ours."""
-    sample = images.train._replace(x=images.train.x[rows], y=images.train.y[rows])
-    out = {}
-    for name, part in (("train", sample), ("val", images.val), ("test", images.test)):
-        out[f"{name}_loss"], out[f"{name}_acc"] = fl.evaluate(fed.task.apply, fed.w, part)
-    if not math.isfinite(out["train_loss"]):
-        raise fl.Diverged(f"round {fed.t}, server: the training loss is {out['train_loss']}. Likely cause: lr = {fed.cfg.lr:g} is too large")
-    return out
-
-
-def read_log(folder):
-    """The lines of log.jsonl as dicts (no tensors []).  Source: ours."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def measured(folder, fed, rows, seconds):
-    """What the result card says about a finished run -> dict (no tensors []).  Source: this file's card."""
-    cfg, lines = fed.cfg, [x for x in read_log(folder) if "test_acc" in x][-fed.cfg.last:]
-    mean = lambda key: statistics.fmean(x[key] for x in lines)                                          # noqa: E731
-    align = fl.alignment(fed, rows, cfg.mix)
-    matching = getattr(fed.method, "matching", [])[-20:]
-    return {"algo": cfg.algo, "seed": cfg.seed, "settings": cfg.hash(), "d": len(fed.w),
-            "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
-            "averaged": [x["round"] for x in lines],
-            "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows),
-            "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()},
-            "matching_loss": statistics.fmean(matching) if matching else None,
-            "up": fed.up, "down": fed.down, "seconds": seconds,
-            "ratio": 4 * len(fed.w) * fed.method.uplinks * cfg.participation * cfg.rounds / fed.up}
 
 
 def card(folder, r):
@@ -284,24 +80,19 @@ def compare(folder, configs):
         child = folder / f"{cfg.algo}-s{cfg.seed}"
         child.mkdir(exist_ok=True)
         if not (child / "config.json").exists():
-            write(child / "config.json", described(cfg))
+            experiment.write(child / "config.json", experiment.described(cfg))
         try:
-            results.append(execute(child, cfg, f"{n + 1}/{len(configs)} {child.name}"))
-        except (fl.Diverged, FloatingPointError) as error:
+            results.append(experiment.execute(child, cfg, f"{n + 1}/{len(configs)} {child.name}"))
+        except (loop.Diverged, FloatingPointError) as error:
             print(f"run.py: {child}: {error}", file=sys.stderr)
             failed = 1
     if results:
-        logs = {a: [read_log(folder / f"{r['algo']}-s{r['seed']}") for r in results if r["algo"] == a] for a in dict.fromkeys(r["algo"] for r in results)}
+        logs = {a: [experiment.read_log(folder / f"{r['algo']}-s{r['seed']}") for r in results if r["algo"] == a] for a in dict.fromkeys(r["algo"] for r in results)}
         plot.curve(folder / "curve.png", logs, folder.name)
-        write(folder / "table.md", table(results) + "\n")
+        experiment.write(folder / "table.md", table(results) + "\n")
         print(table(results))
         print(f"folder {folder}")
     return failed
-
-
-def described(cfg):
-    """The text of config.json: all settings, their hash, versions and hardware (no tensors []).  Source: ours."""
-    return json.dumps({"settings": dataclasses.asdict(cfg), "hash": cfg.hash(), "machine": machine()}, indent=1) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -331,7 +122,7 @@ def explain_name(method):
 def known(name):
     """UserError with the closest match unless `name` is a method (no tensors []).  Source: ours."""
     if name not in fl.METHODS:
-        raise UserError(f"unknown method {name!r}; {config.closest(name, list(fl.METHODS))}")
+        raise experiment.UserError(f"unknown method {name!r}; {config.closest(name, list(fl.METHODS))}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -342,7 +133,7 @@ class Parser(argparse.ArgumentParser):
         for word in message.split():
             near = difflib.get_close_matches(word, flags, 1, 0.7) if word.startswith("--") and word not in flags else []
             message += f"; did you mean {near[0]}?" if near else ""
-        raise UserError(message)
+        raise experiment.UserError(message)
 
 
 def parser():
@@ -370,9 +161,9 @@ def configs_of(args):
     for name in args.algo:
         known(name)
     if args.seeds < 1:
-        raise UserError(f"seeds = {args.seeds} is out of range; it must be at least 1")
+        raise experiment.UserError(f"seeds = {args.seeds} is out of range; it must be at least 1")
     if args.name is not None and pathlib.Path(args.name).name != args.name:
-        raise UserError(f"name = {args.name!r} is no plain folder name (use --out DIR for where it goes)")
+        raise experiment.UserError(f"name = {args.name!r} is no plain folder name (use --out DIR for where it goes)")
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name != "algo" and hasattr(args, f.name)}
     base = Config(**fields).check()
     base = base.quick() if args.quick else base
@@ -388,21 +179,21 @@ def main(argv=None):
             return 0
         if args.resume:
             folder = args.resume
-            single, configs = read_settings(folder)
+            single, configs = experiment.read_settings(folder)
         else:
             configs = configs_of(args)
-            compose(configs[0])                         # whatever is wrong with the input is found here, before any work
+            experiment.compose(configs[0])                         # whatever is wrong with the input is found here, before any work
             single = len(configs) == 1
-            folder = new_folder(args.out, args.name, f"{configs[0].algo}-s{configs[0].seed}" if single else "comparison")
+            folder = experiment.new_folder(args.out, args.name, f"{configs[0].algo}-s{configs[0].seed}" if single else "comparison")
             if single:
-                write(folder / "config.json", described(configs[0]))
+                experiment.write(folder / "config.json", experiment.described(configs[0]))
             else:
-                write(folder / "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n")
+                experiment.write(folder / "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n")
         if not single:
             return compare(folder, configs)
-        print(card(folder, execute(folder, configs[0])))
+        print(card(folder, experiment.execute(folder, configs[0])))
         return 0
-    except (fl.Diverged, FloatingPointError) as error:
+    except (loop.Diverged, FloatingPointError) as error:
         print(f"run.py: {error} (the log is kept in {folder})", file=sys.stderr)
         return 1
     except ValueError as error:

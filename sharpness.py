@@ -11,8 +11,14 @@ the TRAINING images whose size is stated.
 Sources: Hessian-vector products, Pearlmutter 1994; Lanczos with full re-orthogonalisation, Golub and Van Loan, ch. 10;
 as a measure of networks, PyHessian, Yao et al. 2020. Read next: run.py.
 """
+import math
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
+
+import sam
+import synth
 
 
 def hessian_vector(loss, w, v):
@@ -74,3 +80,41 @@ def top_eigenvalue(apply, w, images, rows=None, chunk=500, steps=40, seed=0):
         return sum(hessian_vector(lambda u: F.cross_entropy(apply(u, b.x), b.y, reduction="sum") / n, w, v) for b in batches)
     start = torch.randn(len(w), generator=torch.Generator().manual_seed(seed)).to(w)
     return extreme(lanczos(matvec, start, steps))
+
+
+def full_gradient(apply, w, images, rows, chunk=500):
+    """The gradient at w [d] of the mean cross-entropy over the images numbered in rows [n] -> [d].  Source: definition."""
+    part = torch.func.grad(lambda v, b: F.cross_entropy(apply(v, b.x), b.y, reduction="sum"))
+    return sum(part(w, b) for b in images.chunks(chunk, rows)) / len(rows)
+
+
+class Alignment(NamedTuple):
+    """Cosines in -1..1 to the true global gradient (means over clients; nan: not available; no tensors []).  Source: ours."""
+    own: float
+    last_move: float
+    synthetic: float
+    mixed: float
+
+
+def alignment(fed, rows, mix=0.5):
+    """How well does each estimate of "uphill" agree with the true global gradient, at the clients' own last points?
+
+    The clients of the coming round walk K - 1 steps from w^t; at the point [d] each of them reaches, the cosine of its own
+    mini-batch gradient, of minus the last global move, and (if there is one) of the synthetic gradient and the mixture,
+    to the gradient over the training images `rows` [n].  -> one NamedTuple of means over the clients.
+    Source: the claim of FedSynSAM's abstract; the measure is ours.
+    """
+    task, method, clients = fed.task, fed.method, fed.clients(fed.t)
+    synthetic = getattr(method, "synthetic", None)
+    plans = fed.plans(clients, fed.t)
+    sent, _ = fed.train(fed.w, clients, [p[:-1] for p in plans], fed.t)
+
+    def measure(c):
+        w = fed.w + sent[c, 0]
+        true, own = full_gradient(task.apply, w, task.train, rows), method.grad(w, plans[c][-1])
+        cos = [sam.cosine(u, true) for u in (own, -fed.move)]
+        if synthetic is None:
+            return cos + [math.nan] * 2
+        g = method.grad_of(lambda v: synth.synthetic_loss(task.apply, v, synthetic), w)
+        return cos + [sam.cosine(u, true) for u in (g, sam.mix_directions(own, g, mix, fed.cfg.mix_units))]
+    return Alignment(*torch.tensor(list(fed.pool.map(measure, range(len(clients))))).mean(0).tolist())

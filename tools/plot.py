@@ -52,17 +52,23 @@ def synthetic(path, learnt, images):
     mean, std = (v.cpu()[:, None, None] for v in (images.mean, images.std))
     pixels = ((learnt.images.cpu() * std + mean).clamp(0, 255) / 255).permute(0, 2, 3, 1).numpy()
     labels, classes = learnt.logits.softmax(1).cpu(), images.classes
-    rows = min(len(classes), 20)                                # of many classes the first twenty are drawn
-    per_class = len(pixels) // len(classes)
-    figure, axes = plt.subplots(rows, per_class, figsize=(1.25 * per_class + 1.2, 1.35 * rows), squeeze=False)
-    for i, axis in enumerate(axes.flat):
-        axis.imshow(pixels[i].squeeze(), cmap="gray", interpolation="nearest")
+    rows, per_class = min(len(classes), 20), len(pixels) // len(classes)        # of many classes the first twenty are drawn
+    H, W = pixels.shape[1:3]
+    gap = H // 3                                                # room above every image for its label
+    canvas = np.ones((rows * (H + gap), per_class * (W + 2), pixels.shape[3]))
+    figure, axis = plt.subplots(figsize=(1.6 + 1.1 * per_class, 0.3 + 1.4 * rows))
+    for i in range(rows * per_class):
+        top, left = i // per_class * (H + gap) + gap, i % per_class * (W + 2)
+        canvas[top:top + H, left:left + W] = pixels[i]
         best = int(labels[i].argmax())
-        axis.set_title(f"{classes[best]} {float(labels[i, best]):.2f}", fontsize=7, pad=2)
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-        if i % per_class == 0:
-            axis.set_ylabel(classes[i // per_class], rotation=0, ha="right", va="center", fontsize=8)
-    figure.tight_layout(pad=0.4)
+        axis.text(left + W / 2, top - 1, f"{classes[best]} {float(labels[i, best]):.2f}", fontsize=7, ha="center", va="bottom")
+    axis.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xticks=[], yticks=[gap + H / 2 + r * (H + gap) for r in range(rows)])
+    axis.set_yticklabels([str(c) for c in classes[:rows]], fontsize=8)
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.set_title("rows: first label; above: learnt label", fontsize=8)
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,0 +1,229 @@
+"""A run and its folder: compose, execute, write down, cut off and continue.
+
+runs/NAME/ holds config.json (all settings, versions, hardware), log.jsonl (a line a round, written as it happens),
+checkpoint.pt, and at the end result.json, curve.png and synthetic.png. Nothing in it depends on the clock except `seconds`
+in result.json, so a run that was killed at any moment and continued ends with the same bytes in its log and the same bits
+in its weights (on a CPU with the same number of threads): a checkpoint is replaced in one piece and knows how long the log
+was when it was written; what was logged later is cut off and logged again.  Read next: run.py.
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import time
+
+import numpy
+import torch
+from tqdm import tqdm
+
+import config
+import data
+import fl
+import loop
+import models
+import sharpness
+import synth
+from config import Config
+from tools import plot
+
+HERE = pathlib.Path(__file__).parent
+
+
+class UserError(ValueError):
+    """Wrong input: one helpful line, exit code 2 (no tensors []).  Source: ours."""
+
+
+# ----------------------------------------------------------------------------------------------------- composition
+def device_of(cfg):
+    """The torch device that the settings name; ValueError for cuda without a GPU (no tensors []).  Source: ours."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch sees no GPU here; use auto or cpu")
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def threads_of(cfg):
+    """CPU threads to use: the setting, or all cores this process may use (no tensors []).  Source: ours."""
+    return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def compose(cfg):
+    """From settings to things: load images, split them, build w0 [d], compressor and loop -> (Dataset, Federation).
+
+    Raises ValueError for anything in the settings that cannot work.  Source: ours.
+    """
+    device = device_of(cfg)
+    torch.set_num_threads(threads_of(cfg))
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    images = data.load(cfg.dataset, cfg.val, device)
+    model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device)
+    parts = data.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
+    task = loop.Task(model, images.train, parts, cfg)
+    chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
+    return images, loop.Federation(fl.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), threads_of(cfg), chunk)
+
+
+def machine():
+    """Versions and hardware, for config.json -> dict (no tensors []).  Source: ours."""
+    code = b"".join((HERE / f).read_bytes() for f in sorted(p.name for p in HERE.glob("*.py") if not p.name.startswith("test")))
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "system": platform.platform(),
+            "processor": platform.machine(), "cores": os.cpu_count(), "source": hashlib.sha256(code).hexdigest()[:8],
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}
+
+
+# -------------------------------------------------------------------------------------------------- folder of a run
+def write(path, text):
+    """Write a small file in one piece: it is there whole or not at all (no tensors []).  Source: ours."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def new_folder(root, name, fallback):
+    """Make root/name (UserError if it exists), or root/fallback, root/fallback-2, ... (no tensors []).  Source: ours."""
+    for n in range(1, 10**6):
+        folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if name:
+                raise UserError(f"{folder} exists and is not overwritten; choose another --name, or continue it with --resume {folder}") from None
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+def read_settings(folder):
+    """(Is it a single run?, its Configs) of a run's or comparison's folder; UserError if it is neither (no tensors []).  Source: ours."""
+    single = not (folder / "comparison.json").exists()
+    path = folder / ("config.json" if single else "comparison.json")
+    try:
+        stored = json.loads(path.read_text())
+        return single, [Config(**s).check() for s in ([stored["settings"]] if single else stored)]
+    except OSError:
+        raise UserError(f"{folder} is no run folder: it has no config.json (runs here: {runs_beside(folder)})") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not from this version of the project: {error}") from None
+
+
+def runs_beside(folder):
+    """Names of the run folders beside `folder`, for error messages (no tensors []).  Source: ours."""
+    found = sorted(p.parent.name for p in folder.parent.glob("*/config.json")) if folder.parent.is_dir() else []
+    return ", ".join(found[:8]) or "none"
+
+
+def save(folder, fed, seconds, log_length):
+    """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length.  Source: ours."""
+    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg")}
+    state = {"settings": fed.cfg.hash(), "t": fed.t, "w": fed.w, "move": fed.move, "up": fed.up, "down": fed.down, "method": method,
+             "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "seconds": seconds, "log": log_length}
+    with open(folder / "checkpoint.tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+
+
+def restore(folder, fed):
+    """Continue from checkpoint.pt if there is one -> (seconds so far, length of the log then).  w [d] and all else as saved.
+
+    UserError if the file is damaged or belongs to other settings. Loads no code (weights_only).  Source: ours.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return 0.0, 0
+    try:
+        with torch.serialization.safe_globals([synth.Synthetic]):
+            state = torch.load(path, map_location=fed.w.device, weights_only=True)
+        same = state["settings"] == fed.cfg.hash()
+    except Exception as error:                                    # torch raises many kinds for a damaged file
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not same:
+        raise UserError(f"{path} belongs to other settings than {folder}/config.json")
+    fed.t, fed.w, fed.move, fed.up, fed.down = (state[k] for k in ("t", "w", "move", "up", "down"))
+    fed.memory.table, fed.memory.slot, fed.holders = state["table"], state["slot"], set(state["holders"])
+    vars(fed.method).update(state["method"])
+    return state["seconds"], state["log"]
+
+
+# ------------------------------------------------------------------------------------------------------------ a run
+def execute(folder, cfg, label=""):
+    """Do the run of `folder`, from its checkpoint if it has one -> the dict of result.json (no tensors []).
+
+    Raises loop.Diverged or FloatingPointError if numbers stop being finite; the log is kept.  Source: ours.
+    """
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
+    images, fed = compose(cfg)
+    rows = measured_rows(fed)
+    seconds, length = restore(folder, fed)
+    started = time.perf_counter() - seconds
+    with open(folder / "log.jsonl", "a+") as log, tqdm(total=cfg.rounds, initial=fed.t, desc=label or cfg.algo, disable=None) as bar:
+        log.truncate(length)                            # what was logged after the checkpoint will be logged again
+        while fed.t < cfg.rounds:
+            synthesised = fed.round(progress=True)
+            line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down}
+            if fed.t % cfg.eval_every == 0 or fed.t == cfg.rounds:
+                line |= evaluated(fed, images, rows)
+                bar.set_postfix(loss=f"{line['train_loss']:.3f}", acc=f"{line['test_acc']:.3f}", MB=f"{(fed.up + fed.down) / 1e6:.1f}")
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.update()
+            if fed.t % cfg.checkpoint_every == 0 or fed.t == cfg.rounds or synthesised:
+                save(folder, fed, time.perf_counter() - started, log.tell())
+    result = measured(folder, fed, rows, time.perf_counter() - started)
+    lines = read_log(folder)
+    plot.curve(folder / "curve.png", {cfg.algo: [lines]}, cfg.algo)
+    if getattr(fed.method, "synthetic", None) is not None:
+        plot.synthetic(folder / "synthetic.png", fed.method.synthetic, images.train)
+    write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def measured_rows(fed):
+    """A fixed random sample of training images for loss, eigenvalue and alignment -> numbers [n].  Source: ours."""
+    n = len(fed.task.train.y)
+    return torch.randperm(n, generator=fl.generator(0, "measure"))[:fed.cfg.measure_images].to(fed.w.device)
+
+
+def evaluated(fed, images, rows):
+    """Loss and accuracy of w [d] on validation and test images, and the loss on the measured training images -> dict.  Source: ours."""
+    sample = images.train._replace(x=images.train.x[rows], y=images.train.y[rows])
+    out = {}
+    for name, part in (("train", sample), ("val", images.val), ("test", images.test)):
+        out[f"{name}_loss"], out[f"{name}_acc"] = loop.evaluate(fed.task.apply, fed.w, part)
+    if not math.isfinite(out["train_loss"]):
+        raise loop.Diverged(f"round {fed.t}, server: the training loss is {out['train_loss']}. Likely cause: lr = {fed.cfg.lr:g} is too large")
+    return out
+
+
+def read_log(folder):
+    """The lines of log.jsonl as dicts (no tensors []).  Source: ours."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def measured(folder, fed, rows, seconds):
+    """What the result card says about a finished run -> dict (no tensors []).  Source: this file's card."""
+    cfg, lines = fed.cfg, [x for x in read_log(folder) if "test_acc" in x][-fed.cfg.last:]
+    mean = lambda key: statistics.fmean(x[key] for x in lines)                                          # noqa: E731
+    align = sharpness.alignment(fed, rows, cfg.mix)
+    matching = getattr(fed.method, "matching", [])[-20:]
+    return {"algo": cfg.algo, "seed": cfg.seed, "settings": cfg.hash(), "d": len(fed.w),
+            "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
+            "averaged": [x["round"] for x in lines],
+            "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows),
+            "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()},
+            "matching_loss": statistics.fmean(matching) if matching else None,
+            "up": fed.up, "down": fed.down, "seconds": seconds,
+            "ratio": 4 * len(fed.w) * fed.method.uplinks * cfg.participation * cfg.rounds / fed.up}
+
+
+def described(cfg):
+    """The text of config.json: all settings, their hash, versions and hardware (no tensors []).  Source: ours."""
+    return json.dumps({"settings": dataclasses.asdict(cfg), "hash": cfg.hash(), "machine": machine()}, indent=1) + "\n"

@@ -1,0 +1,1129 @@
+"""The claims of this project, as tests: theorems, limits that recover the parent, independent oracles, the README's commands.
+
+    python -m pytest -q test_all.py                 everything, a few minutes on two cores
+    python -m pytest -q test_all.py -k compress     one chapter
+
+One section per file, in reading order; a test is named by the claim it checks. The oracle is a definition written as a slow
+loop, a dense matrix, PyTorch's own nn.Module and SGD, or finite differences, in float64 where it matters; the function under
+test is always the shipped one.
+"""
+import dataclasses
+import gzip
+import importlib
+import inspect
+import json
+import math
+import pathlib
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import compress
+import config
+import data
+import experiment
+import fl
+import loop
+import models
+import run
+import sam
+import sharpness
+import synth
+from compress import QSGD, Identity, Natural, RandK, Sign, TopK
+
+HERE = pathlib.Path(__file__).parent
+f64 = torch.float64
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=f64)
+
+
+def through(compressor, x, seed=0):
+    return compressor.decode(compressor.encode(x, seeded(seed)), len(x)).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- compress
+ALL = [Identity(), TopK(7), RandK(7), RandK(7, scaled=False), QSGD(1), QSGD(7), QSGD(4, "max"), QSGD(7, "max", 16), QSGD(100, "l2", 16),
+       Sign(), Natural()]
+
+
+@pytest.mark.parametrize("bits", range(33))
+def test_compress_packing_has_no_gaps_and_no_loss(bits):
+    for n in (0, 1, 7, 8, 9, 100):
+        v = torch.randint(0, 2**bits, (n,), generator=seeded(n))
+        packed = compress.pack(v, bits)
+        assert len(packed) == (n * bits + 7) // 8 and torch.equal(compress.unpack(packed, n, bits), v)
+    assert compress.pack(torch.tensor([1, 2, 3]), 2).tolist() == [0b111001]         # the docstring's example
+
+
+@pytest.mark.parametrize("c", ALL, ids=str)
+def test_compress_length_is_the_formula_of_the_table(c):
+    for d in (7, 16, 17, 1000):
+        formula = {Identity: 32 * d, TopK: 7 * (32 + math.ceil(math.log2(d))), RandK: 32 * 7 + 64, Sign: d + 32, Natural: 9 * d}
+        if isinstance(c, QSGD):
+            buckets = math.ceil(d / min(c.bucket or d, d))
+            formula[QSGD] = 32 * buckets + d * (1 + math.ceil(math.log2(c.levels + 1)))
+        buffer = c.encode(randn(d).float(), seeded())
+        assert buffer.dtype == torch.uint8 and buffer.shape == (math.ceil(formula[type(c)] / 8) + 4,)
+        assert c.decode(buffer, d).shape == (d,)
+
+
+@pytest.mark.parametrize("c", ALL, ids=str)
+def test_compress_zero_maps_to_zero_and_scaling_commutes(c):
+    x = randn(50).float()
+    assert torch.equal(through(c, torch.zeros(50)), torch.zeros(50))
+    assert torch.equal(through(c, 8 * x), 8 * through(c, x))                         # a power of two: exact in floats
+    assert torch.isfinite(through(c, 1e-38 * x)).all() and torch.isfinite(through(c, 1e37 * x)).all()
+
+
+def test_compress_topk_is_a_contraction():
+    for d, k in ((10, 1), (50, 7), (50, 50), (1, 1)):
+        x, c = randn(d, seed=d), TopK(k, f64)
+        x_hat = through(c, x)
+        assert (x_hat - x).square().sum() <= (1 - k / d) * x.square().sum() + 1e-12
+        slow = torch.zeros(d, dtype=f64)
+        for j in sorted(range(d), key=lambda j: -abs(x[j]))[:k]:                     # the definition
+            slow[j] = x[j]
+        assert torch.equal(x_hat, slow) and torch.equal(through(c, x_hat), x_hat)
+    flat = torch.tensor([1.0, -1.0] * 10, dtype=f64)
+    assert (through(TopK(5, f64), flat) - flat).square().sum() == pytest.approx((1 - 5 / 20) * 20, abs=1e-12)
+
+
+def monte_carlo(c, x, n=2000):
+    """Mean of x_hat and of the squared error over n draws, with the standard error of the latter."""
+    g, hats = seeded(1), []
+    for _ in range(n):
+        hats.append(c.decode(c.encode(x, g), len(x)).to(f64))
+    hats = torch.stack(hats)
+    err = (hats - x).square().sum(1)
+    return hats.mean(0), hats.std(0) / n**0.5, float(err.mean()), float(err.std() / n**0.5)
+
+
+def test_compress_unbiased_ones_are_unbiased():
+    x = randn(24)
+    for c in (RandK(6, True, f64), QSGD(1, "l2", 0, f64), QSGD(3, "max", 0, f64), QSGD(3, "l2", 8, f64), Natural()):
+        assert c.unbiased
+        mean, se, _, _ = monte_carlo(c, x)
+        assert ((mean - x).abs() <= 5 * se + 1e-6).all(), c                           # 1e-6: natural works in float32
+
+
+def test_compress_randk_error_is_exactly_its_constant():
+    x, d, k = randn(24), 24, 6
+    for c, constant in ((RandK(k, True, f64), d / k - 1), (RandK(k, False, f64), 1 - k / d)):
+        _, _, err, se = monte_carlo(c, x)
+        assert abs(err - constant * float(x.square().sum())) <= 4 * se
+
+
+@pytest.mark.parametrize("c", [QSGD(1, "l2", 0, f64), QSGD(4, "l2", 0, f64), QSGD(4, "max", 0, f64), QSGD(4, "l2", 10, f64)], ids=str)
+def test_compress_qsgd_error_is_exactly_its_variance(c):
+    x, s = randn(30), c.levels
+    exact = bound = 0.0
+    for bucket in x.split(c.bucket or 30):
+        size = bucket.norm() if c.scale == "l2" else bucket.abs().max()
+        p = (s * bucket.abs() / size) % 1
+        exact += float((size / s) ** 2 * (p * (1 - p)).sum())
+        q = len(bucket)
+        bound += float(min(q / s**2, q**0.5 / s) * bucket.square().sum()) if c.scale == "l2" else q * float(size) ** 2 / (4 * s**2)
+    _, _, err, se = monte_carlo(c, x)
+    assert abs(err - exact) <= 4 * se and exact <= bound
+    if s == 1 and not c.bucket:
+        assert exact == pytest.approx(float(x.norm() ** 2 * (x.abs().sum() / x.norm() - 1)), rel=1e-12)
+
+
+def test_compress_qsgd_puts_values_on_its_grid():
+    x = randn(40)
+    level = through(QSGD(5, "max", 0, f64), x) / x.abs().max() * 5
+    assert (level - level.round()).abs().max() < 1e-12 and level.abs().max() <= 5 + 1e-12
+    assert ((level - 5 * x / x.abs().max()).abs() <= 1 + 1e-12).all()                # one of the two neighbours
+
+
+def test_compress_sign_error_is_exactly_its_constant():
+    x = randn(31)
+    err = (through(Sign(f64), x) - x).square().sum()
+    assert float(err) == pytest.approx(float(x.square().sum() - x.abs().sum() ** 2 / 31), rel=1e-12)
+
+
+def test_compress_natural_rounds_to_neighbouring_powers_of_two():
+    x = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.7, 1e-42, 3e38, 0.0])
+    x_hat = through(Natural(), x)
+    assert torch.equal(x_hat[:3], x[:3])                                              # powers of two are kept
+    assert x_hat[3] in (2, 4) and x_hat[4] in (-0.5, -1) and x_hat[7] == 0 and x_hat.isfinite().all()
+    worst = torch.full((24,), 2 / 3, dtype=f64) * 2.0 ** torch.arange(24)             # f = 1/3 maximises f(1-f)/(1+f)^2 = 1/8
+    _, _, err, se = monte_carlo(Natural(), worst)
+    assert abs(err - float(worst.square().sum()) / 8) <= 4 * se + 1e-3 * err
+
+
+@pytest.mark.parametrize("c", ALL, ids=str)
+def test_compress_damaged_buffers_raise_value_error(c):
+    x = randn(40).float()
+    good, rng = c.encode(x, seeded()), np.random.default_rng(0)
+    assert c.decode(good, 40).shape == (40,)
+    bad = [good[:-1], good[:3], good[:0], torch.cat([good, good[:1]]), good.float(), good[None], None, b"bytes"]
+    for place in rng.integers(0, len(good), 40):
+        flipped = good.clone()
+        flipped[place] ^= 1 << int(rng.integers(8))
+        bad.append(flipped)
+    for buffer in bad:
+        with pytest.raises(ValueError):
+            c.decode(buffer, 40)
+    with pytest.raises(ValueError):
+        c.decode(good, 400 if not isinstance(c, RandK) else 6)                        # right buffer, wrong d
+
+
+@pytest.mark.parametrize("c", ALL, ids=str)
+def test_compress_forged_buffers_never_do_worse_than_value_error(c):
+    n = len(c.encode(torch.ones(40), seeded())) - 4                                  # a right length and a right checksum:
+    for seed in range(300):                                                          # what is left is to check the content
+        body = torch.randint(0, 256, (n,), generator=seeded(seed), dtype=torch.uint8)
+        try:
+            assert c.decode(compress.seal(body), 40).isfinite().all()
+        except ValueError:
+            pass
+
+
+def test_compress_forged_content_is_refused():
+    d, one = 40, torch.ones(7)
+    places = compress.pack(torch.tensor([0, 1, 2, 3, 4, 5, 45]), 6)                  # 45 is outside
+    twice = compress.pack(torch.tensor([0, 1, 2, 3, 4, 5, 5]), 6)
+    for c, body in ((TopK(7), [compress.to_bytes(one), places]), (TopK(7), [compress.to_bytes(one), twice]),
+                    (TopK(7), [compress.to_bytes(one / 0), compress.pack(torch.arange(7), 6)]),
+                    (QSGD(4), [compress.to_bytes(one[:1]), compress.pack(torch.full((d,), 5), 4)]),         # level 5 > s = 4
+                    (QSGD(4), [compress.to_bytes(-one[:1]), compress.pack(torch.full((d,), 1), 4)]),        # negative norm
+                    (Natural(), [torch.full((d,), 255, dtype=torch.uint8), compress.pack(torch.zeros(d).int(), 1)])):
+        with pytest.raises(ValueError):
+            c.decode(compress.seal(*body), d)
+
+
+def test_compress_k_outside_1_to_d_is_refused():
+    for k in (0, 11, -1):
+        for c in (TopK(k), RandK(k)):
+            with pytest.raises(ValueError, match="1..10"):
+                c.encode(torch.ones(10))
+
+
+@pytest.mark.parametrize("c", [TopK(3, f64), RandK(5, False, f64), Sign(f64), QSGD(4, "l2", 0, f64)], ids=str)
+def test_compress_error_feedback_telescopes(c):
+    g, e, sent, total = seeded(), torch.zeros(20, dtype=f64), 0, 0
+    for t in range(50):
+        x = randn(20, seed=t)
+        buffer, e = compress.with_feedback(c, x, e, g)
+        sent, total = sent + c.decode(buffer, 20), total + x
+    assert (sent + e - total).abs().max() < 1e-12 * max(1, float(e.norm()))
+
+
+def test_compress_encode_and_decode_take_under_ten_milliseconds():
+    x, g = torch.randn(215_370, generator=seeded()), seeded()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for c in (Identity(), TopK(10_768), RandK(10_768), QSGD(1), QSGD(7), QSGD(7, "max", 512), QSGD(127), Sign(), Natural()):
+            best = math.inf
+            for _ in range(30):
+                start = time.perf_counter()
+                c.decode(c.encode(x, g), len(x))
+                best = min(best, time.perf_counter() - start)
+                if best < 0.010:
+                    break
+            assert best < 0.010, f"{c}: {1000 * best:.1f} ms"
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --------------------------------------------------------------------------------------------------------------- sam
+def test_sam_perturbation_has_norm_rho():
+    for d in (1, 7, 1000):
+        w, u = randn(d), randn(d, seed=1)
+        assert float((sam.perturb(w, u, 0.1) - w).norm()) == pytest.approx(0.1, rel=1e-9)
+        assert torch.equal(sam.perturb(w, u, 0.0), w) and torch.equal(sam.perturb(w, 0 * u, 0.1), w)
+        assert torch.dot(sam.perturb(w, u, 0.1) - w, u) > 0
+
+
+def test_sam_gradient_on_a_quadratic_is_its_formula():
+    M = randn(6, 6)
+    A, w, rho = M @ M.T, randn(6, seed=1), 0.3
+    g = A @ w
+    assert torch.allclose(sam.sam_gradient(lambda v: A @ v, w, g, rho), A @ (w + rho * g / g.norm()), rtol=1e-12)
+    assert torch.equal(sam.sam_gradient(lambda v: A @ v, w, None, rho), g)
+
+
+def test_sam_adaptive_with_unit_scale_is_sam():
+    w, u = randn(9), randn(9, seed=1)
+    nowhere = torch.zeros(9, dtype=torch.bool)
+    assert torch.allclose(sam.perturb_adaptive(w, u, 0.2, 0.01, nowhere), sam.perturb(w, u, 0.2), rtol=1e-12)
+    T = w.abs() + 0.2                                                                # Caldarola's form: rho T^2 g / ||T g||
+    assert torch.allclose(sam.perturb_adaptive(w, u, 0.2, 0.2) - w, 0.2 * T**2 * u / (T * u).norm(), rtol=1e-10)
+
+
+def test_sam_adaptive_does_not_see_a_rescaling_of_relu_layers():
+    x, y = randn(8, 5), torch.arange(8) % 3
+    loss = lambda w: F.cross_entropy(F.relu(x @ w[:20].view(5, 4)) @ w[20:].view(4, 3), y)                # noqa: E731
+    at_rim = lambda w: loss(sam.perturb_adaptive(w, torch.func.grad(loss)(w), 0.5, eta=0.0))               # noqa: E731
+    w = randn(32, seed=2)
+    scaled = torch.cat([w[:20] * 3, w[20:] / 3])
+    assert float(loss(w)) == pytest.approx(float(loss(scaled)), rel=1e-12)
+    assert float(at_rim(w)) == pytest.approx(float(at_rim(scaled)), rel=1e-12)
+    assert abs(float(loss(sam.perturb(w, torch.func.grad(loss)(w), 0.5)) - at_rim(w))) > 1e-6              # SAM is another map
+
+
+def test_sam_mixing_ends_at_its_two_ingredients():
+    a, b = randn(5), randn(5, seed=1)
+    assert torch.equal(sam.mix_directions(a, b, 0.0, False), a) and torch.equal(sam.mix_directions(a, b, 1.0, False), b)
+    assert sam.cosine(sam.mix_directions(a, b, 0.0, True), a) == pytest.approx(1)
+    halfway = sam.mix_directions(a, 100 * b, 0.5, True)                              # unit vectors: the lengths do not matter
+    assert sam.cosine(halfway, a) == pytest.approx(sam.cosine(halfway, b))
+
+
+# ------------------------------------------------------------------------------------------------------------- synth
+def tiny(seed=0, n=6, classes=3):
+    """A two-layer network on 1x4x4 images in float64: (apply, w [d], Synthetic)."""
+    d = 16 * 5 + 5 + 5 * classes
+
+    def apply(w, x):
+        h = torch.tanh(x.flatten(1) @ w[:80].view(16, 5) + w[80:85])
+        return h @ w[85:].view(5, classes)
+    return apply, 0.5 * randn(d, seed=seed), synth.Synthetic(randn(n, 1, 4, 4, seed=seed + 1), randn(n, classes, seed=seed + 2),
+                                                            torch.tensor(0.3, dtype=f64))
+
+
+def test_synth_matching_loss_is_one_at_rest_and_zero_on_target():
+    apply, w, s = tiny()
+    target = randn(len(w), seed=9)
+    still = s._replace(step=torch.tensor(0.0, dtype=f64))
+    assert float(synth.matching_loss(synth.unroll(apply, w, still, 3), w, target)) == 1
+    flat = lambda v, x: apply(v, x) * 0                                              # noqa: E731  a net with zero gradient
+    assert float(synth.matching_loss(synth.unroll(flat, w, s, 3), w, target)) == 1
+    assert float(synth.matching_loss(target, w, target)) == 0
+    end = synth.unroll(apply, w, s, 3)
+    assert float(synth.matching_loss(w + 7 * (end - w), w, w + 7 * (target - w))) == pytest.approx(float(synth.matching_loss(end, w, target)))
+
+
+def test_synth_gradients_through_the_unrolled_steps_are_finite_differences():
+    apply, w, s = tiny()
+    target, h = randn(len(w), seed=9), 1e-6
+    L = lambda *parts: synth.matching_loss(synth.unroll(apply, w, synth.Synthetic(*parts), 2), w, target)    # noqa: E731
+    leaves = [t.clone().requires_grad_() for t in s]
+    gradients = torch.autograd.grad(L(*leaves), leaves)
+    for i, g in enumerate(gradients):
+        for place in (range(g.numel()) if g.numel() < 20 else (0, 5, 17, 31)):
+            bump = torch.zeros(g.numel(), dtype=f64)
+            bump[place] = h
+            up, down = ([t + bump.view(t.shape) * sign if j == i else t for j, t in enumerate(s)] for sign in (1, -1))
+            assert float(g.flatten()[place]) == pytest.approx(float(L(*up) - L(*down)) / (2 * h), rel=1e-5, abs=1e-9)
+
+
+def test_synth_soft_loss_with_one_hot_labels_is_cross_entropy():
+    scores, y = randn(6, 4), torch.arange(6) % 4
+    assert float(synth.soft_cross_entropy(scores, 1e3 * F.one_hot(y, 4).to(f64))) == pytest.approx(float(F.cross_entropy(scores, y)))
+    every_entry = (-(torch.softmax(randn(6, 4, seed=1), 1)) * scores.log_softmax(1)).mean()                   # DynaFed's code
+    assert float(synth.soft_cross_entropy(scores, randn(6, 4, seed=1))) == pytest.approx(4 * float(every_entry))
+
+
+def test_synth_data_that_made_the_trajectory_match_it():
+    apply, w, s = tiny()
+    labels = 1e3 * F.one_hot(torch.arange(6) % 3, 3).to(f64)
+    trajectory = [w]
+    for _ in range(4):                                                               # plain gradient descent, written by hand
+        v = trajectory[-1].clone().requires_grad_()
+        F.cross_entropy(apply(v, s.images), torch.arange(6) % 3).backward()
+        trajectory.append((v - 0.3 * v.grad).detach())
+    end = synth.unroll(apply, trajectory[1], synth.Synthetic(s.images, labels, torch.tensor(0.3, dtype=f64)), 3)
+    assert float(synth.matching_loss(end, trajectory[1], trajectory[4])) < 1e-20
+
+
+def test_synth_segments_start_and_end_inside_the_window():
+    trajectory = [torch.tensor([float(i)]) for i in range(8)]
+    seen = set()
+    for seed in range(200):
+        start, target = synth.draw_segment(trajectory, 3, False, seeded(seed))
+        assert target - start == 3
+        seen.add(int(start))
+        start, target = synth.draw_segment(trajectory, 3, True, seeded(seed))
+        assert 1 <= target - start <= 3
+    assert seen == {0, 1, 2, 3, 4}
+    assert synth.draw_segment(trajectory[:2], 1, True, seeded())[1] == 1
+
+
+def test_synth_a_trajectory_that_rests_or_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="does not move"):
+        synth.draw_segment([torch.ones(3)] * 6, 3, True, seeded())
+    with pytest.raises(ValueError, match="warm up longer"):
+        synth.draw_segment([torch.ones(3)] * 3, 3, True, seeded())
+
+
+def test_synth_distilling_learns_and_stops_on_nan():
+    apply, w, s = tiny()
+    trajectory = [w]
+    for _ in range(5):
+        trajectory.append(trajectory[-1] - 0.2 * torch.func.grad(lambda v: synth.synthetic_loss(apply, v, s))(trajectory[-1]))
+    guess = synth.first_guess(2, 3, (1, 4, 4), 1.0, 0.1, seeded(3), w)
+    learnt, losses = synth.distill(apply, trajectory, guess, seeded(4), outer_steps=150, inner_steps=3, window=2, rate_step=1e-3,
+                                   progress=False)
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10]) and learnt.images.shape == (6, 1, 4, 4)
+    assert all(not torch.equal(a, b) for a, b in zip(learnt, guess))                # all three are learnt
+    with pytest.raises(FloatingPointError, match="syn_step"):
+        synth.distill(lambda w, x: apply(w, x) * math.nan, trajectory, guess, seeded(), 50, progress=False)
+
+
+def test_synth_augmentation_keeps_shape_and_carries_gradients():
+    x, kinds = randn(4, 3, 8, 8).requires_grad_(), set()
+    for seed in range(40):
+        y = synth.augmented(x, seeded(seed))
+        assert y.shape == x.shape and y.isfinite().all()
+        g, = torch.autograd.grad(y.square().sum(), x)
+        assert g.abs().sum() > 0
+        kinds.add(round(float(y.detach().sum()), 6))
+    assert len(kinds) > 20
+    w = randn(3 * 64 * 2)
+    s = synth.Synthetic(x.detach(), randn(4, 2), torch.tensor(0.1, dtype=f64))
+    end = synth.unroll(lambda v, z: z.flatten(1) @ v.view(192, 2), w, s, 2, lambda z: synth.augmented(z, seeded(5)))
+    assert end.shape == w.shape
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+@pytest.fixture(scope="session")
+def bundled():
+    return data.load("bundled")
+
+
+def test_data_bundled_images_are_balanced_and_the_three_sets_disjoint(bundled):
+    train, val, test = bundled
+    assert [len(s.y) for s in bundled] == [9000, 1000, 2000] and train.x.shape[1:] == (1, 28, 28) and train.x.dtype == torch.uint8
+    for s in bundled:
+        assert torch.equal(s.y.bincount(), torch.full((10,), len(s.y) // 10))
+    keys = [{bytes(x.numpy().tobytes()) for x in s.x} for s in (train, val)]
+    assert len(keys[0] & keys[1]) <= 2                                               # the source itself holds a few duplicates
+    x, _, weight = train.batch(torch.tensor([[0, 0, 0, 0], [-1, 0, 0, 0]]))
+    assert weight.tolist() == [1, 0] and torch.allclose(x[0], (train.x[0].float() - train.x.float().mean()) / train.x.float().std(), atol=1e-4)
+
+
+@pytest.mark.parametrize("how", data.PARTITIONS)
+def test_data_partitions_use_no_image_twice(how):
+    y = torch.arange(3000) % 10
+    parts = data.partition(y, 40, how, alpha=0.1, classes_per_client=2, min_size=10, seed=3)
+    used = torch.cat(parts)
+    assert len(parts) == 40 and len(used.unique()) == len(used) and len(used) >= 0.99 * 3000
+    assert all(map(torch.equal, parts, data.partition(y, 40, how, 0.1, 2, 10, seed=3)))
+    assert not all(len(a) == len(b) and torch.equal(a, b) for a, b in zip(parts, data.partition(y, 40, how, 0.1, 2, 10, seed=4)))
+    sizes = [len(p) for p in parts]
+    if how in ("iid", "dirichlet"):
+        assert set(sizes) == {75}
+    assert min(sizes) >= 10
+
+
+def test_data_partitions_are_as_skewed_as_they_say():
+    y = torch.arange(6000) % 10
+    held = lambda how, **kw: [len(y[p].unique()) for p in data.partition(y, 50, how, **kw)]                   # noqa: E731
+    share = lambda alpha: np.mean([float(y[p].bincount().max() / len(p)) for p in data.partition(y, 50, "dirichlet", alpha)])  # noqa: E731
+    assert max(held("shards", classes_per_client=3)) == 3 and min(held("iid")) == 10
+    assert share(1e5) < 0.25 < 0.5 < share(0.1) and min(held("dirichlet", alpha=1e5)) == 10
+    sizes = [len(p) for p in data.partition(y, 50, "dirichlet-class", 0.1)]
+    assert max(sizes) > 3 * 120 and min(sizes) == 10
+
+
+def test_data_partitions_refuse_the_impossible():
+    y = torch.arange(100) % 10
+    for message, kw in (("above 0", dict(n_clients=5, alpha=0)), ("1..100", dict(n_clients=101)), ("unknown partition", dict(n_clients=5, how="x")),
+                        ("min_size", dict(n_clients=20, how="dirichlet-class")), ("cannot cover", dict(n_clients=2, how="shards")),
+                        ("cannot cover", dict(n_clients=5, how="shards", classes_per_client=11))):
+        with pytest.raises(ValueError, match=message):
+            data.partition(y, **kw)
+
+
+def test_data_batches_are_epochs_or_full_steps():
+    mine = torch.arange(100, 117)
+    rows = data.draw_batches(mine, 5, 0, 2, seeded())                                # 2 epochs of ceil(17/5) batches
+    assert rows.shape == (8, 5, 4)
+    for epoch in rows[:, :, 0].view(2, 20):
+        assert sorted(epoch.tolist()) == [-1] * 3 + mine.tolist()
+    rows = data.draw_batches(mine, 20, 3, 0, seeded())
+    assert rows.shape == (3, 20, 4) and rows[..., 0].min() >= 100 and rows[..., 1:].eq(0).all()
+    counts = rows[..., 0].flatten().bincount()[100:]
+    assert counts.max() - counts.min() <= 1                                          # shuffles laid end to end
+
+
+def test_data_shift_and_flip_are_the_slow_loop(bundled):
+    x = torch.randint(0, 256, (3, 3, 8, 9), generator=seeded(), dtype=torch.uint8)
+    how = torch.tensor([[1, -2, 0], [-4, 4, 1], [0, 0, 1], [3, 0, 1]])
+    number = torch.tensor([0, 1, 2, 0])
+    out = data.moved(x, number, how)
+    for b in range(4):
+        down, right, flip = how[b].tolist()
+        for r in range(8):
+            for c in range(9):
+                inside = 0 <= r - down < 8 and 0 <= c - right < 9
+                expected = x[number[b], :, r - down, c - right] if inside else torch.zeros(3, dtype=torch.uint8)
+                assert torch.equal(out[b, :, r, 8 - c if flip else c], expected)              # shifted first, then flipped
+
+
+def test_data_reads_colour_npz_files(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = dict(x_train=rng.integers(0, 256, (40, 10, 12, 3), dtype=np.uint8), y_train=np.arange(40)[:, None] % 4,
+                  x_test=rng.integers(0, 256, (8, 10, 12, 3), dtype=np.uint8), y_test=np.arange(8) % 4)
+    np.savez(tmp_path / "a.npz", **arrays)
+    d = data.load(tmp_path / "a.npz", val=8)
+    assert d.train.x.shape == (32, 3, 10, 12) and d.val.y.bincount().tolist() == [2] * 4 and d.train.mean.shape == (3,)
+    first = np.setdiff1d(np.arange(40), data.balanced(np.arange(40) % 4, 8, np.random.default_rng(0)))[0]
+    assert np.array_equal(d.train.x[0].numpy().transpose(1, 2, 0), arrays["x_train"][first])
+
+
+def idx_folder(folder, n=12):
+    """Write the four files of MNIST's format with n training and n/2 test images."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, m in (("train", n), ("t10k", n // 2)):
+        x, y = rng.integers(0, 256, (m, 28, 28), dtype=np.uint8), (np.arange(m) % 3).astype(np.uint8)
+        for name, a, head in ((f"{split}-images-idx3-ubyte", x, [2051, m, 28, 28]), (f"{split}-labels-idx1-ubyte", y, [2049, m])):
+            raw = np.array(head, dtype=">i4").tobytes() + a.tobytes()
+            (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
+            (folder / name).write_bytes(raw)
+
+
+def test_data_idx_files_and_torchvision_agree(tmp_path, monkeypatch):
+    idx_folder(tmp_path / "FashionMNIST" / "raw")
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "absent")
+    by_torchvision = data.load("fashionmnist", val=3, root=tmp_path)
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "FashionMNIST" / "raw")
+    by_us = data.load("fashionmnist", val=3, root=tmp_path / "absent")
+    assert torch.equal(by_torchvision.train.x, by_us.train.x) and torch.equal(by_torchvision.test.y, by_us.test.y)
+
+
+def test_data_cifar_and_svhn_come_through_torchvision(tmp_path, monkeypatch):
+    datasets = data.import_torchvision().datasets
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a, **k: True)
+    folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 0, 1]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b"]}))
+    d = data.load("cifar10", val=2, root=tmp_path)
+    assert d.train.x.shape == (18, 3, 32, 32) and d.test.x.shape == (4, 3, 32, 32) and d.train.classes == ["a", "b"]
+    assert torch.equal(d.test.x[0], torch.tensor(pixels[0].reshape(3, 32, 32)))
+
+    class FakeSVHN:                                        # torchvision's own reader needs scipy: only its result is imitated
+        def __init__(self, root, split, download):
+            self.data, self.labels = np.zeros((6, 3, 32, 32), np.uint8), np.arange(6) % 2
+    monkeypatch.setattr(datasets, "SVHN", FakeSVHN)
+    assert data.load("svhn", val=2, root=tmp_path).train.x.shape == (4, 3, 32, 32)
+
+
+def test_data_a_download_that_fails_is_the_users_news(tmp_path, monkeypatch):
+    def no_network(*args, **kw):
+        raise OSError("no network")
+    monkeypatch.setattr(data.import_torchvision().datasets, "CIFAR100", no_network)
+    with pytest.raises(ValueError, match="cifar100.*no network"):
+        data.load("cifar100", root=tmp_path)
+
+
+def test_data_torchvision_imports_where_its_operators_cannot_load():
+    code = """if True:
+        import torch, sys
+        real = torch.ops.load_library
+        def broken(path): raise OSError("operators of another build")     # what a CUDA wheel does beside a CPU torch
+        torch.ops.load_library = broken
+        import data
+        tv = data.import_torchvision()
+        assert tv is data.import_torchvision()
+        assert tv.models.resnet18(num_classes=4).fc.out_features == 4 and tv.datasets.FashionMNIST
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, timeout=120)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)], ids=str)
+def test_models_flat_function_is_the_nn_module(name, shape):
+    model = models.build(name, shape, 10, seed=5, dtype=f64)
+    build = {"mlp": lambda: models.mlp_module(*shape, 10, 64), "cnn": lambda: models.cnn_module(*shape, 10, 8, 64),
+             "convnet": lambda: models.convnet_module(*shape, 10), "resnet18": lambda: models.resnet18_module(*shape, 10)}[name]
+    torch.manual_seed(5)
+    module = build().double()
+    x, y = randn(3, *shape), torch.tensor([0, 3, 9])
+    loss = F.cross_entropy(module(x), y)
+    loss.backward()
+    assert torch.allclose(models.flatten(p.detach() for p in module.parameters()), model.w0)
+    assert torch.allclose(model.apply(model.w0, x), module(x), rtol=1e-9, atol=1e-12)
+    g = torch.func.grad(lambda w: F.cross_entropy(model.apply(w, x), y))(model.w0)
+    assert torch.allclose(g, models.flatten(p.grad for p in module.parameters()), rtol=1e-7, atol=1e-12)
+
+
+def test_models_convolution_weights_are_channels_last_views():
+    model = models.build("cnn", (3, 32, 32), 10)
+    parts = models.unflatten(model.w0, model.shapes)
+    assert parts[2].is_contiguous(memory_format=torch.channels_last)
+    assert all(p.untyped_storage().data_ptr() == model.w0.untyped_storage().data_ptr() for p in parts)
+    assert torch.equal(models.flatten(parts), model.w0)
+    before = torch.random.get_rng_state()
+    models.build("mlp", (1, 28, 28), 10)
+    assert torch.equal(before, torch.random.get_rng_state())                         # building leaves global randomness alone
+
+
+def test_models_sizes_are_those_of_the_papers():
+    assert len(models.build("cnn", (1, 28, 28), 10, width=32, hidden=512).w0) == 1_663_370        # McMahan et al. 2017
+    net = models.resnet18_module(3, 32, 32, 10)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) and net.bn1.num_groups == 2
+    table = re.findall(r"^    (\w+) .*?([\d,]{6,})", models.__doc__, re.M)
+    assert len(table) >= 3
+    for name, d in table:
+        if name in models.MODELS:
+            assert len(models.build(name, (1, 28, 28), 10).w0) == int(d.replace(",", ""))
+
+
+# --------------------------------------------------------------------------------------------------------------- fl
+class Quadratics:
+    """F_i(w) = (w - c_i)' A_i (w - c_i) / 2 in float64: a task whose every quantity is known in closed form."""
+
+    def __init__(self, n=8, d=6, steps=3, seed=0, spread=1.0, sizes=None):
+        M = randn(n, d, d, seed=seed)
+        self.A = torch.eye(d, dtype=f64) + 0.1 * M @ M.transpose(1, 2)
+        self.c, self.w0 = spread * randn(n, d, seed=seed + 1), randn(d, seed=seed + 2)
+        self.sizes, self.steps = sizes or [1] * n, steps
+        self.best = torch.linalg.solve(self.A.mean(0), (self.A @ self.c[..., None]).mean(0)[:, 0])
+
+    def loss(self, w, rows):
+        A, v = self.A[rows[0, 0]], w - self.c[rows[0, 0]]
+        return 0.5 * torch.dot(v, A @ v)
+
+    def gradient(self, i, w):
+        return self.A[i] @ (w - self.c[i])
+
+    def plan(self, client, g):
+        return torch.full((self.steps, 1, 1), client)
+
+
+def quad(task, algo, compressor=Identity(f64), rounds=1, chunk=1, **kw):
+    """A federation on quadratics after some rounds; full participation, no clipping, unless kw says otherwise."""
+    kw = {"participation": len(task.sizes), "clients": len(task.sizes), "clip": 0.0, "lr": 0.1, "warmup": 10**6, **kw}
+    fed = loop.Federation(fl.METHODS[algo](task, config.Config(algo=algo, **kw)), compressor, workers=2, chunk=chunk)
+    for _ in range(rounds):
+        fed.round()
+    return fed
+
+
+def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None, chunk=1, begin=0, **kw):
+    """A small federation on 240 of the bundled images in float64: Task and Federation as run.py composes them."""
+    kw = {"clients": 6, "participation": 4, "rounds": 4, "local_steps": 3, "batch": 8, "warmup": 2, "window": 2, "outer_steps": 3, "inner_steps": 2,
+          "ipc": 1, "hidden": 8, "width": 2, "alpha": 0.5, "error_feedback": False, "rho": 0.05, **kw}
+    cfg = config.Config(algo=algo, model=model, **kw).check()
+    train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
+    net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
+    task = loop.Task(net, train, data.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
+    fed = loop.Federation(fl.METHODS[algo](task, cfg), compressor or Identity(dtype), workers=2, chunk=chunk)
+    for _ in range(begin):
+        fed.round()
+    return fed
+
+
+def test_fl_one_fedavg_round_is_modules_and_sgd(bundled):
+    """The oracle: nn.Module, torch.optim.SGD, clip_grad_norm_, a list of state dicts, their mean."""
+    fed = vision("fedavg", bundled, model="cnn", local_steps=0 + 4, weight_decay=0.01, clip=0.5, lr=0.1)
+    clients = fed.clients(0)
+    ends = []
+    for i, plan in zip(clients, fed.plans(clients, 0)):
+        torch.manual_seed(fed.cfg.seed)
+        net = models.cnn_module(1, 28, 28, 10, 2, 8).double()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.01)
+        for rows in plan:
+            numbers = rows[:, 0]
+            x = (fed.task.train.x[numbers].double() - fed.task.train.mean) / fed.task.train.std
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), fed.task.train.y[numbers]).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+        ends.append(models.flatten(p.detach() for p in net.parameters()))
+    fed.round()
+    assert torch.allclose(fed.w, torch.stack(ends).mean(0), rtol=1e-5, atol=1e-9)         # 1e-6 is the rounding of clip_grad_norm_
+    assert (fed.w - fed.task.w0).norm() > 0.01
+
+
+def test_fl_clip_then_decay_then_step():
+    task = Quadratics(1, steps=1)
+    task.c = 100 * task.c
+    w, g = task.w0, task.gradient(0, task.w0)
+    fed = quad(task, "fedavg", clip=10.0, weight_decay=0.1)
+    assert g.norm() > 10
+    assert torch.allclose(fed.w, w - 0.1 * (10 * g / g.norm() + 0.1 * w), rtol=1e-12)
+
+
+SAM_METHODS = ["fedsam", "fedlesam", "fedlesam-server", "fedsynsam"]
+
+
+@pytest.mark.parametrize("algo", SAM_METHODS)
+def test_fl_rho_zero_is_fedavg_bit_for_bit(algo, bundled):
+    for kw in ({}, {"compressor": QSGD(7, "max", 64)}, {"compressor": TopK(50), "error_feedback": True}):
+        pair = [vision(a, bundled, torch.float32, begin=4, **{"rho": 0.0, **kw}) for a in (algo, "fedavg")]
+        assert torch.equal(pair[0].w, pair[1].w) and pair[0].up == pair[1].up
+    assert not torch.equal(vision(algo, bundled, torch.float32, begin=4).w, pair[1].w)
+
+
+def test_fl_mix_zero_is_compressed_fedsam(bundled):
+    for kw in ({"compressor": QSGD(7, "max", 64)}, {"compressor": TopK(50), "error_feedback": True}):
+        pair = [vision(a, bundled, torch.float32, begin=4, mix=0.0, **kw) for a in ("fedsynsam", "fedsam")]
+        assert torch.equal(pair[0].w, pair[1].w)
+    assert not torch.equal(vision("fedsynsam", bundled, torch.float32, begin=4, mix=0.5).w, vision("fedsam", bundled, torch.float32, begin=4).w)
+
+
+def test_fl_warmup_follows_its_setting(bundled):
+    for how, parent in (("fedsam", "fedsam"), ("fedavg", "fedavg")):
+        assert torch.equal(vision("fedsynsam", bundled, begin=2, warmup_method=how).w, vision(parent, bundled, begin=2).w)
+
+
+def test_fl_mix_one_gives_all_clients_one_direction(bundled):
+    fed = vision("fedsynsam", bundled, begin=3, mix=1.0)
+    me = fl.Client(fed.w, fed.w[:0])
+    plans = fed.plans([0, 1, 2, 3], fed.t)
+    directions = [fed.method.direction(fed.w, p[0], me) for p in plans]
+    assert all(torch.equal(u, directions[0]) for u in directions) and directions[0].norm() > 0
+    fed.cfg = fed.method.cfg = dataclasses.replace(fed.cfg, mix=0.5)
+    assert not torch.equal(*(fed.method.direction(fed.w, p[0], me) for p in plans[:2]))
+
+
+def test_fl_synthetic_equal_to_all_data_gives_the_global_perturbation(bundled):
+    fed = vision("fedsynsam", bundled, begin=3, mix=1.0)
+    train = fed.task.train
+    everything = (train.x.double() - train.mean[:, None, None]) / train.std[:, None, None]
+    fed.method.synthetic = synth.Synthetic(everything, 1e3 * F.one_hot(train.y, 10).double(), None)
+    w = fed.w.clone().requires_grad_()
+    F.cross_entropy(fed.task.apply(w, everything), train.y).backward()
+    u = fed.method.direction(fed.w, fed.plans([0], 0)[0][0], fl.Client(fed.w, fed.w[:0]))
+    assert torch.allclose(u, w.grad, rtol=1e-9, atol=1e-14)
+    assert torch.allclose(u, sharpness.full_gradient(fed.task.apply, fed.w, train, torch.arange(240)), rtol=1e-9, atol=1e-14)
+
+
+def test_fl_synthetic_gradient_once_a_round_is_taken_at_the_received_model(bundled):
+    fed = vision("fedsynsam", bundled, begin=3, mix=1.0, syn_gradient="round")
+    me, elsewhere = fl.Client(fed.w, fed.w[:0]), fed.w + 0.1
+    rows = fed.plans([0], 3)[0][0]
+    assert torch.equal(fed.method.direction(elsewhere, rows, me), fed.method.direction(fed.w, rows, me))
+    fed.method.cfg = dataclasses.replace(fed.cfg, syn_gradient="step")
+    assert not torch.equal(fed.method.direction(elsewhere, rows, me), fed.method.direction(fed.w, rows, me))
+
+
+def test_fl_synthesis_happens_when_it_should_and_is_fetched_once(bundled):
+    fed = vision("fedsynsam", bundled, participation=6, begin=2)
+    assert fed.method.synthetic is None
+    model_bytes = 6 * (8 * len(fed.w) + 4)
+    assert fed.down == 2 * model_bytes
+    fed.round()
+    first, parcel = fed.method.synthetic, 8 * (10 * 784 + 100) + 4
+    assert first is not None and fed.method.parcel == parcel and len(fed.method.trajectory) == 3
+    assert fed.down == 3 * model_bytes + 6 * parcel
+    fed.round()
+    assert fed.method.synthetic is first and fed.down == 4 * model_bytes + 6 * parcel
+    again = vision("fedsynsam", bundled, participation=6, begin=4, resynthesize=1)
+    assert not torch.equal(again.method.synthetic.images, first.images) and again.down == 4 * model_bytes + 12 * parcel
+    assert torch.allclose(again.method.trajectory[-1], again.w - again.move) and len(again.method.trajectory) == 3
+    assert vision("dynafed", bundled, participation=6, begin=4).down == 4 * model_bytes       # its images stay at the server
+
+
+def test_fl_dynafed_without_server_epochs_is_fedavg(bundled):
+    plain = vision("fedavg", bundled, begin=3).w
+    assert torch.equal(vision("dynafed", bundled, begin=3, finetune_epochs=0).w, plain)
+    tuned = vision("dynafed", bundled, begin=3, finetune_epochs=2, finetune_lr=1e-3)
+    assert not torch.equal(tuned.w, plain) and (tuned.w - plain).abs().max() <= 2 * 1e-3 * 1.01         # Adam moves <= rate a step
+    s = tuned.method.synthetic
+    assert synth.synthetic_loss(tuned.task.apply, tuned.w, s) < synth.synthetic_loss(tuned.task.apply, plain, s)
+
+
+def test_fl_fedlesam_climbs_a_stale_global_gradient():
+    """Full participation, K = 1: eps at round t is rho grad F(w^{t-1}) / || . ||, and round 0 is plain SGD."""
+    for algo in ("fedlesam", "fedlesam-server"):
+        task, rho = Quadratics(steps=1), 0.2
+        fed, w, stale = quad(task, algo, rounds=0, rho=rho), task.w0, None
+        for _ in range(3):
+            rim = w if stale is None else w + rho * stale / stale.norm()
+            stale = torch.stack([task.gradient(i, rim) for i in range(8)]).mean(0)   # what the server's move will be made of
+            w = w - 0.1 * stale
+            fed.round()
+            assert torch.allclose(fed.w, w, rtol=1e-12)
+
+
+def test_fl_fedlesam_remembers_the_model_a_client_last_saw():
+    task = Quadratics(n=6)
+    fed = quad(task, "fedlesam", participation=2, rounds=0, rho=0.1)
+    seen = {}
+    for t in range(12):
+        now = fed.w.clone()
+        for i in fed.clients(t):
+            row = fed.memory.read([i], fed.method.first_memory(now))[0, 0]
+            assert torch.equal(row, seen.get(i, now))
+            seen[i] = now
+        fed.round()
+    me = fl.Client(fed.w, seen[fed.clients(11)[0]][None])
+    move = fed.w - me.memory[0]
+    assert torch.dot(fed.method.direction(fed.w, None, me), move) < 0                # uphill is against the last move
+    assert len(fed.memory.slot) <= 6 and fed.memory.table.shape[1:] == (1, 6)
+
+
+@pytest.mark.parametrize("algo", list(fl.METHODS))
+def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
+    for kw in ({"model": "cnn"}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
+        feds = [vision(algo, bundled, begin=3, chunk=chunk, **kw) for chunk in (1, 3)]
+        assert torch.allclose(feds[0].w, feds[1].w, rtol=1e-9, atol=1e-11)
+        assert not torch.equal(feds[0].w, feds[0].task.w0)
+
+
+def test_fl_clients_with_fewer_steps_wait(bundled):
+    fed = vision("fedavg", bundled, local_epochs=1, partition="dirichlet-class", min_size=2, participation=6, weight_decay=0.1)
+    plans = fed.plans(range(6), 0)
+    assert len({len(p) for p in plans}) > 1                                          # really unequal
+    padded = F.pad(plans[0], (0, 0, 0, 0, 0, 5), value=-1)
+    ends = [loop.local_training(fed.method, fed.w, fed.w.new_zeros(0, len(fed.w)), p, 0.1)[0] for p in (plans[0], padded)]
+    assert torch.equal(*ends)                                                        # not even weight decay acts on padding
+
+
+def test_fl_number_of_workers_changes_nothing(bundled):
+    feds = [vision("fedsam", bundled, torch.float32, compressor=QSGD(7), model="cnn") for _ in range(2)]
+    feds[1].pool = loop.ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+    for fed in feds:
+        fed.round()
+    assert torch.equal(feds[0].w, feds[1].w)
+
+
+def test_fl_average_by_size_weighs_clients():
+    task = Quadratics(3, sizes=[1, 2, 5])
+    deltas = [quad(Quadratics(3, sizes=[1, 2, 5]), "fedavg", rounds=0).train(task.w0, [i], [task.plan(i, None)], 0)[0][0, 0] for i in range(3)]
+    assert torch.allclose(quad(task, "fedavg", average="size").w - task.w0, sum(n * d for n, d in zip((1, 2, 5), deltas)) / 8, rtol=1e-12)
+    assert torch.allclose(quad(task, "fedavg").w - task.w0, sum(deltas) / 3, rtol=1e-12)
+    assert torch.allclose(quad(task, "fedavg", server_lr=0.5).w - task.w0, sum(deltas) / 6, rtol=1e-12)
+
+
+def test_fl_learning_rate_decays_per_round():
+    fed = quad(Quadratics(steps=1), "fedavg", rounds=2, lr_decay=0.5)
+    w = fed.task.w0
+    for lr in (0.1, 0.05):
+        w = w - lr * torch.stack([fed.task.gradient(i, w) for i in range(8)]).mean(0)
+    assert torch.allclose(fed.w, w, rtol=1e-12)
+
+
+def test_fl_bytes_are_the_lengths_of_what_was_sent(bundled):
+    fed = vision("fedlesam-server", bundled, torch.float32, compressor=TopK(50), begin=3)
+    d = len(fed.w)
+    assert fed.up == 3 * 4 * (4 + math.ceil(50 * (32 + math.ceil(math.log2(d))) / 8))
+    assert fed.down == 3 * 4 * 2 * (4 * d + 4)                                       # w and the last move
+
+
+def test_fl_many_compressed_rounds_average_to_the_uncompressed_one():
+    exact = quad(Quadratics(), "fedavg").w
+    fed, ends = quad(Quadratics(), "fedavg", QSGD(2, "l2", 0, f64), rounds=0), []
+    for seed in range(500):
+        fed.cfg, fed.t, fed.w = dataclasses.replace(fed.cfg, seed=seed), 0, fed.task.w0
+        fed.round()
+        ends.append(fed.w)
+    ends = torch.stack(ends)
+    assert ((ends.mean(0) - exact).abs() <= 4.5 * ends.std(0) / 500**0.5).all() and ends.std(0).min() > 0
+
+
+def test_fl_unbiased_compression_reaches_a_neighbourhood_that_shrinks_with_the_step():
+    """Strongly convex quadratics, K = 1, full gradients: only the compressor is random."""
+    def distance(lr, levels):
+        task = Quadratics(steps=1)
+        fed, tail = quad(task, "fedavg", QSGD(levels, "l2", 0, f64), rounds=int(25 / lr), lr=lr), []
+        for _ in range(300):
+            fed.round()
+            tail.append(float((fed.w - task.best).square().sum()))
+        return np.mean(tail)
+    start = float((Quadratics().w0 - Quadratics().best).square().sum())
+    coarse, small_step, fine = distance(0.2, 1), distance(0.05, 1), distance(0.2, 4)
+    assert coarse < 0.2 * start and small_step < 0.5 * coarse and fine < 0.5 * coarse
+
+
+def test_fl_topk_stalls_without_error_feedback_and_converges_with_it():
+    def distance(feedback):
+        task = Quadratics(n=3, d=6, steps=1)
+        fed = quad(task, "fedavg", TopK(1, f64), rounds=600, lr=0.02, error_feedback=feedback)
+        return float((fed.w - task.best).norm()), float((task.w0 - task.best).norm())
+    (without, start), (with_it, _) = distance(False), distance(True)
+    assert without > 0.2 * start and with_it < 0.2 * without, (start, without, with_it)
+
+
+def test_fl_residuals_of_inactive_clients_stay_frozen():
+    fed = quad(Quadratics(n=6), "fedavg", TopK(1, f64), participation=2, rounds=0, error_feedback=True)
+    for t in range(10):
+        before = {i: fed.memory.read([i], None)[0] for i in fed.memory.slot}
+        fed.round()
+        for i, row in before.items():
+            assert torch.equal(fed.memory.read([i], None)[0], row) == (i not in fed.clients(t))
+
+
+def test_fl_divergence_names_round_client_and_cause():
+    with pytest.raises(loop.Diverged, match=r"round \d+, client \d.*lr = 1e\+200"):
+        quad(Quadratics(), "fedavg", rounds=50, lr=1e200)
+
+
+def test_fl_alignment_is_one_where_the_estimate_is_the_truth(bundled):
+    fed = vision("fedsynsam", bundled, begin=3, clients=1, participation=1, local_steps=1, batch=240)
+    train, rows = fed.task.train, torch.arange(240)
+    everything = (train.x.double() - train.mean[:, None, None]) / train.std[:, None, None]
+    fed.method.synthetic = synth.Synthetic(everything, 1e3 * F.one_hot(train.y, 10).double(), None)
+    a = sharpness.alignment(fed, rows)
+    assert a.own == pytest.approx(1) and a.synthetic == pytest.approx(1) and a.mixed == pytest.approx(1) and -1 <= a.last_move < 1
+    assert math.isnan(sharpness.alignment(vision("fedavg", bundled, begin=1), rows).synthetic)
+
+
+# --------------------------------------------------------------------------------------------------------- sharpness
+def test_sharpness_lanczos_finds_the_ends_of_a_known_spectrum():
+    q, _ = torch.linalg.qr(randn(40, 40))
+    for values in (torch.linspace(0.1, 7, 40), torch.cat([torch.linspace(-9, -1, 10), torch.linspace(0, 3, 30)])):
+        A = q @ torch.diag(values.to(f64)) @ q.T
+        ritz = sharpness.lanczos(lambda v: A @ v, randn(40, seed=3), 40, tolerance=0)
+        assert torch.allclose(ritz[[0, -1]], torch.stack([values.min(), values.max()]).to(f64), rtol=1e-9)
+    assert sharpness.extreme(ritz) == pytest.approx(-9)                              # the sign is reported
+    assert len(sharpness.lanczos(lambda v: 2 * v, randn(40), 40)) == 1               # one product exhausts the space
+
+
+def test_sharpness_top_eigenvalue_is_that_of_the_dense_hessian(bundled):
+    images = bundled.train._replace(x=bundled.train.x[:60, :, ::4, ::4], y=bundled.train.y[:60], mean=bundled.train.mean.double(),
+                                    std=bundled.train.std.double())
+    model = models.build("mlp", (1, 7, 7), 10, hidden=3, dtype=f64)
+    x, y, _ = next(images.chunks(60))
+    for w in (model.w0, model.w0 + randn(len(model.w0))):
+        dense = torch.linalg.eigvalsh(torch.func.hessian(lambda v: F.cross_entropy(model.apply(v, x), y))(w))
+        top = sharpness.top_eigenvalue(model.apply, w, images, chunk=25, steps=60)
+        assert top == pytest.approx(sharpness.extreme(dense), rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- config and run
+SMALL = ["--quick", "--clients", "20", "--participation", "2", "--measure-images", "60", "--local-steps", "2", "--outer-steps", "50"]
+
+
+def main(capsys, *args):
+    code = run.main([str(a) for a in args])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_config_every_field_is_read_and_described():
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "loop.py", "experiment.py", "config.py"))
+    for f in dataclasses.fields(config.Config):
+        assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
+        assert len(f.metadata["text"]) > 5
+    assert config.Config().hash() != config.Config(rho=0.2).hash() and config.Config().hash() == config.Config(threads=1).hash()
+
+
+@pytest.mark.parametrize("words, hint", [
+    ("--algo fedsinsam", "did you mean 'fedsynsam'"), ("--algo FEDAVG", "'fedavg'"), ("--alpha 0", "alpha = 0.0 must be above 0"),
+    ("--alpha -1", "above 0"), ("--alpha nan", "not a finite number"), ("--clients 9001 --participation 1", "must be in 1..9000"),
+    ("--participation 101", "1..100"), ("--compress topk --k 0", "must be above 0"), ("--compress topk --k 54315", "1..54314"),
+    ("--compress topk --k 2.5", "whole"), ("--compress zip", "legal: identity"), ("--rho -0.1", "at least 0"), ("--mix 1.5", "0..1"),
+    ("--rounds 0", "at least 1"), ("--lr x", "invalid float"), ("--rouns 3", "did you mean --rounds"), ("--dataset nosuch.npz", "no such file"),
+    ("--dataset {text}", "cannot be read"), ("--dataset {labels}", "labels of y_test must lie in 0..3"), ("--dataset {floats}", "expected uint8"),
+    ("--dataset {keys}", "no array 'y_test'"), ("--dataset {pickled}", "cannot be read"), ("--val 10000", "0..9999"), ("--model resnet", "did you mean 'resnet18'"),
+    ("--resume {folder}", "no run folder"), ("--resume {foreign}", "not from this version"), ("--explain fedsim", "did you mean 'fedsam'"),
+    ("--name a/b", "plain folder name"), ("--seeds 0", "at least 1"), ("--window 99", "1..15"), ("--partition shards --classes-per-client 11", "cannot cover"),
+    ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
+def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, capsys):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "text.npz").write_text("I am no npz")
+    good = dict(x_train=np.zeros((20, 8, 8), np.uint8), y_train=np.arange(20) % 4, x_test=np.zeros((4, 8, 8), np.uint8), y_test=np.arange(4))
+    np.savez(tmp_path / "labels.npz", **{**good, "y_test": np.array([0, 1, 2, 9])})
+    np.savez(tmp_path / "floats.npz", **{**good, "x_train": np.zeros((20, 8, 8))})
+    np.savez(tmp_path / "keys.npz", **{k: v for k, v in good.items() if k != "y_test"})
+    np.savez(tmp_path / "pickled.npz", **{**good, "y_test": np.array([print], dtype=object)})
+    for name in ("folder", "foreign"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"settings": {"colour": "red"}}')
+    (tmp_path / "file").write_text("")
+    words = words.format(**{n: tmp_path / f"{n}.npz" for n in ("text", "labels", "floats", "keys", "pickled")}, folder=tmp_path / "folder",
+                         foreign=tmp_path / "foreign", file=tmp_path / "file")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = main(capsys, *([] if "--out" in words else ["--out", tmp_path / "runs"]), *words.split())
+    assert code == 2 and out == "" and hint in err and err.count("\n") == 1 and err.startswith("run.py: ")
+    assert sorted(tmp_path.rglob("*")) == before                                     # nothing was begun
+
+
+def test_run_writes_a_whole_folder_and_never_overwrites_it(tmp_path, capsys):
+    code, out, _ = main(capsys, *SMALL, "--out", tmp_path, "--name", "mine")
+    folder = tmp_path / "mine"
+    assert code == 0 and "accuracy" in out and "top eigenvalue" in out and "alignment" in out and "synthetic" in out and "MB" in out
+    assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "curve.png", "synthetic.png"}
+    stored = json.loads((folder / "config.json").read_text())
+    assert set(stored["settings"]) == {f.name for f in dataclasses.fields(config.Config)} and stored["machine"]["torch"] == torch.__version__
+    lines = experiment.read_log(folder)
+    result = json.loads((folder / "result.json").read_text())
+    assert [x["round"] for x in lines] == list(range(1, 9)) and lines[-1]["up"] == result["up"] and len(result["averaged"]) == 1
+    assert result["test_acc"] == lines[-1]["test_acc"]
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    code, _, err = main(capsys, *SMALL, "--out", tmp_path, "--name", "mine")
+    assert code == 2 and "not overwritten" in err and "--resume" in err
+    code, again, _ = main(capsys, "--resume", folder)                                # a finished run: its card, nothing else
+    assert code == 0 and again == out and before == {p: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_run_default_names_do_not_collide(tmp_path, capsys):
+    for expected in ("fedavg-s0", "fedavg-s0-2"):
+        assert main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedavg")[0] == 0 and (tmp_path / expected / "result.json").exists()
+
+
+def test_run_seeds_repeat_and_differ(tmp_path, capsys):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedsam", "--name", name, "--seed", seed)[0] == 0
+    a, b, c = ((tmp_path / n / "log.jsonl").read_text() for n in "abc")
+    assert a == b and a != c
+
+
+def test_run_comparison_makes_one_table_and_resumes(tmp_path, capsys):
+    words = [*SMALL, "--out", tmp_path, "--algo", "fedavg", "fedsynsam", "--seeds", "2", "--name", "both"]
+    code, out, _ = main(capsys, *words)
+    folder = tmp_path / "both"
+    rows = [line for line in out.splitlines() if line.startswith("| fed")]
+    assert code == 0 and len(rows) == 2 and all("±" in r for r in rows) and (folder / "table.md").read_text() in out
+    assert {p.name for p in folder.iterdir()} == {"comparison.json", "table.md", "curve.png", *(f"{a}-s{s}" for a in ("fedavg", "fedsynsam") for s in (0, 1))}
+    accuracy = [json.loads((folder / f"fedavg-s{s}" / "result.json").read_text())["test_acc"] for s in (0, 1)]
+    assert f"{100 * np.mean(accuracy):.2f} ± {100 * np.std(accuracy, ddof=1):.2f}" in rows[0]
+    (folder / "fedsynsam-s1" / "result.json").unlink()
+    assert main(capsys, "--resume", folder)[:2] == (0, out)
+
+
+def test_run_divergence_is_code_1_and_keeps_the_log(tmp_path, capsys):
+    code, _, err = main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedavg", "--lr", "1e30", "--clip", "0", "--name", "boom")
+    assert code == 1 and "round" in err and "client" in err and "lr = 1e+30" in err and (tmp_path / "boom" / "log.jsonl").exists()
+    code, _, err = main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedavg", "--server-lr", "1e38", "--name", "bang")
+    assert code == 1 and "server" in err and len(err.strip().splitlines()) == 1
+
+
+def test_run_killed_at_any_moment_resumes_to_identical_bits(tmp_path, capsys):
+    words = [*SMALL, "--rounds", "60", "--compress", "topk", "--error-feedback", "--outer-steps", "300", "--checkpoint-every", "2", "--seed", "5",
+             "--threads", "2", "--out", tmp_path]
+    assert main(capsys, *words, "--name", "whole")[0] == 0
+    cut = tmp_path / "cut"
+    command = [sys.executable, "run.py", *map(str, words), "--name", "cut"]
+    length = lambda: len((cut / "log.jsonl").read_text().splitlines()) if (cut / "log.jsonl").exists() else 0      # noqa: E731
+    for kill_at in (1, 2, 5):                                # in round 2 (before a checkpoint), in the synthesis, after it
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while length() < kill_at and process.poll() is None and time.time() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        command = [sys.executable, "run.py", "--resume", str(cut)]
+    (cut / "log.jsonl").open("a").write('{"round": 999, "torn li')                   # a line cut off in the middle
+    assert main(capsys, "--resume", cut)[0] == 0
+    whole, again = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=False) for n in ("whole", "cut"))
+    assert torch.equal(whole["w"], again["w"]) and torch.equal(whole["table"], again["table"]) and whole["slot"] == again["slot"]
+    assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (cut / "log.jsonl").read_bytes()
+    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "cut")]
+    assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
+
+
+def test_run_damaged_or_foreign_checkpoints_are_refused(tmp_path, capsys):
+    assert main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedavg", "--name", "a")[0] == 0
+    (tmp_path / "a" / "result.json").unlink()
+    good = (tmp_path / "a" / "checkpoint.pt").read_bytes()
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(good[:1000])
+    code, _, err = main(capsys, "--resume", tmp_path / "a")
+    assert code == 2 and "cannot be read" in err
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(good)
+    text = (tmp_path / "a" / "config.json").read_text()
+    (tmp_path / "a" / "config.json").write_text(text.replace('"rho": 0.', '"rho": 1.'))
+    code, _, err = main(capsys, "--resume", tmp_path / "a")
+    assert code == 2 and "other settings" in err
+
+
+@pytest.mark.parametrize("name", list(fl.METHODS))
+def test_run_explain_shows_the_source_that_differs(name, capsys):
+    code, out, _ = main(capsys, "--explain", name)
+    method = fl.METHODS[name]
+    assert code == 0 and method.__name__ in out
+    for key, value in vars(method).items():
+        if inspect.isfunction(value):
+            assert all(line.strip() in out for line in inspect.getsource(value).splitlines())
+
+
+def test_a_method_is_at_most_about_ten_lines_of_difference():
+    for method in fl.METHODS.values():
+        if method is not fl.FedAvg:
+            code = inspect.getsource(method).replace(method.__doc__, "")
+            assert sum(1 for line in code.splitlines() if line.strip()) - 2 <= 16, method
+
+
+# ------------------------------------------------------------------------------------------------------- the project
+def chapters():
+    return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
+
+
+def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
+    bare = []
+    for module in chapters():
+        assert len(module.__doc__.splitlines()) > 5 and "Read next" in module.__doc__, module
+        things = [t for t in vars(module).values() if getattr(t, "__module__", None) == module.__name__ and hasattr(t, "__doc__")]
+        for thing in things:
+            if not (inspect.isfunction(thing) or inspect.isclass(thing)) or thing.__name__.startswith("_"):
+                continue
+            documented = [thing] + [m for m in vars(thing).values() if inspect.isfunction(m)] if inspect.isclass(thing) else [thing]
+            for t in documented:
+                overrides = inspect.isclass(thing) and t is not thing and (
+                    any(hasattr(b, t.__name__) for b in thing.__mro__[1:]) or t.__name__ in ("encode", "decode"))
+                if t.__name__ == "<lambda>" or t.__name__.startswith("_") or overrides or (t is not thing and not t.__doc__ and len(thing.__doc__) > 200):
+                    continue
+                if not t.__doc__ or "[" not in t.__doc__ or "Source:" not in t.__doc__:
+                    bare.append(f"{module.__name__}.{getattr(t, '__qualname__', t)}")
+    assert not bare, bare
+
+
+def test_imports_form_a_line_and_star_imports_do_not_exist():
+    order = ["compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop", "config", "experiment", "run"]
+    for name in order:
+        text = (HERE / f"{name}.py").read_text()
+        found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
+        assert found & set(order) <= set(order[:order.index(name)]), name
+        assert "import *" not in text
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.split("#")[0].strip()]
+
+
+def test_readme_begins_with_the_two_commands():
+    assert readme_commands()[:2] == ["pip install -r requirements.txt && python run.py --algo fedsynsam",
+                                     "pip install -r requirements.txt && python -m pytest -q test_all.py"]
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if "python run.py" in c])
+def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
+    """Every command of the README, in --quick mode and smaller still, where its folders go to a temporary place."""
+    words = command[command.index("python run.py"):].split()[2:]
+    if "--explain" not in words and "--help" not in words and "--resume" not in words:
+        words += [*SMALL, "--out", str(tmp_path)]
+    if "--resume" in words:
+        assert main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedavg", "--name", "x")[0] == 0
+        words[words.index("--resume") + 1] = str(tmp_path / "x")
+    if "--dataset" in words and words[words.index("--dataset") + 1].endswith(".npz"):
+        words[words.index("--dataset") + 1] = str(data.BUNDLED)
+    if "--dataset" in words and words[words.index("--dataset") + 1] == "fashionmnist" and not data.DEBIAN_FASHION.exists():
+        idx_folder(tmp_path / "raw", 3000)
+        monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "raw")
+    code, out, err = main(capsys, *words)
+    assert code == 0 and len(out) > 100, err
+
+
+def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):
+    """The README shows one whole round without this project; fl.py must give the same weights."""
+    monkeypatch.chdir(HERE)
+    space = {}
+    exec(re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S).group(1), space)
+    pack = np.load(data.BUNDLED)
+    train = data.Images(torch.tensor(pack["x_train"][:120, None]), torch.tensor(pack["y_train"][:120]).long(), torch.zeros(1),
+                        torch.tensor([255.0]), list(range(10)))
+    cfg = config.Config(algo="fedsam", model="mlp", clients=4, participation=4, local_epochs=space["K"], batch=30, lr=space["eta"], rho=space["rho"])
+    net = models.build("mlp", (1, 28, 28), 10, hidden=16, seed=0)
+    fed = loop.Federation(fl.FedSAM(loop.Task(net, train, list(torch.arange(120).split(30)), cfg), cfg), TopK(space["k"]))
+    fed.round()
+    assert torch.allclose(fed.w, space["w"], rtol=1e-4, atol=1e-6) and (fed.w - net.w0).abs().max() > 1e-3
