@@ -193,7 +193,7 @@ class QSGD:
     unbiased = True
 
     def rows(self, d):
-        """How a vector [d] is cut: -> (number of buckets, their length).  Source: Alistarh et al. 2017, section 4."""
+        """How a vector [d] is cut: -> (number of buckets, their length).  Source: Alistarh et al. 2017 (bucketing)."""
         q = self.bucket if 0 < self.bucket < d else d
         return -(-d // q), q
 
@@ -229,7 +229,7 @@ class Sign:
     """One bit a coordinate and the mean magnitude: x_hat = (||x||_1 / d) sign(x).
 
     encode: x [d] -> buffer; decode: buffer -> [d].  ||x_hat - x||^2 = ||x||^2 - ||x||_1^2 / d if no x_j is 0 (a zero is
-    sent as +).  Source: Karimireddy et al. 2019, section 3.
+    sent as +).  Source: Karimireddy et al. 2019.
     """
     dtype: torch.dtype = torch.float32
     unbiased = False
@@ -249,7 +249,7 @@ class Natural:
 
     encode: x [d] -> buffer; decode: buffer -> [d] float32.  |x_j| = 2^e (1 + f), 0 <= f < 1, becomes 2^(e+1) with
     probability f, else 2^e: unbiased with omega = 1/8. Adding a uniform 23-bit integer to the bit pattern and cutting
-    the mantissa does just that, subnormal numbers and 0 included.  Source: Horvath et al. 2019, Definition 1.
+    the mantissa does just that, subnormal numbers and 0 included.  Source: Horvath et al. 2019.
     """
     unbiased = True
 
@@ -285,7 +285,7 @@ def with_feedback(compressor, x, e, generator=None):
     p = e + x;  send C(p);  e <- p - C(p).   x [d], e [d] the residual this client kept (0 at first) -> (buffer, new e [d]).
     It telescopes: the sum of everything sent plus the current e is the sum of all x. Use it with contractive compressors
     (topk, sign, unscaled randk); with omega > 1 the residual grows without bound.
-    Source: Karimireddy et al. 2019, Algorithm 1, in update scale (x already contains the learning rate).
+    Source: Karimireddy et al. 2019 (EF-SGD), in update scale (x already contains the learning rate).
     """
     p = e + x
     buffer = compressor.encode(p, generator)

@@ -231,7 +231,7 @@ def dirichlet_per_client(pools, n_clients, alpha, rng):
 
     pools: one array [n_c] of image numbers per class -> list of arrays [n // n_clients].  A class that has run out leaves every
     prior (no image is used twice; that all clients run into this equally often is why they take turns).
-    Source: Hsu et al. 2019, section 3; drawing without replacement is this project's choice.
+    Source: Hsu et al. 2019; drawing without replacement is this project's choice.
     """
     left = np.array([len(p) for p in pools])
     prior = rng.dirichlet([alpha] * len(pools), n_clients) + 1e-12      # the constant keeps every class possible

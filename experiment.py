@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import statistics
+import tempfile
 import time
 
 import numpy
@@ -57,6 +58,8 @@ def compose(cfg):
     """
     device = device_of(cfg)
     torch.set_num_threads(threads_of(cfg))
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # what torch asks for on a GPU
     torch.use_deterministic_algorithms(cfg.deterministic)
     images = data.load(cfg.dataset, cfg.val, device)
     model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device)
@@ -85,18 +88,26 @@ def write(path, text):
     os.replace(temporary, path)
 
 
-def new_folder(root, name, fallback):
-    """Make root/name (UserError if it exists), or root/fallback, root/fallback-2, ... (no tensors []).  Source: ours."""
-    for n in range(1, 10**6):
-        folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if name:
-                raise UserError(f"{folder} exists and is not overwritten; choose another --name, or continue it with --resume {folder}") from None
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+def new_folder(root, name, fallback, file, text):
+    """Make root/name (UserError if it exists), or root/fallback, root/fallback-2, ..., with one file in it, in one piece.
+
+    The folder is filled under another name and then renamed, so that it is never there without its settings.
+    -> its path (no tensors []).  Source: ours.
+    """
+    if name and (root / name).exists():
+        raise UserError(f"{root / name} exists and is not overwritten; choose another --name, or continue it with --resume {root / name}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        hidden = pathlib.Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+        hidden.chmod(0o755)
+        write(hidden / file, text)
+        for n in range(1, 10**6):
+            folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
+            if not folder.exists():
+                hidden.rename(folder)
+                return folder
+    except OSError as error:
+        raise UserError(f"cannot make a folder in {root}: {error.strerror}") from None
 
 
 def read_settings(folder):
@@ -176,6 +187,7 @@ def execute(folder, cfg, label=""):
             log.flush()
             bar.update()
             if fed.t % cfg.checkpoint_every == 0 or fed.t == cfg.rounds or synthesised:
+                os.fsync(log.fileno())                  # the log reaches the disk before the checkpoint that counts on it
                 save(folder, fed, time.perf_counter() - started, log.tell())
     result = measured(folder, fed, rows, time.perf_counter() - started)
     lines = read_log(folder)

@@ -173,7 +173,7 @@ class Distilling(FedAvg):
     """FedAvg, except: the server keeps w^0 ... w^{T_w} and distils a synthetic data set from them before round T_w.
 
     w [d]; client as FedAvg; the server keeps T_w + 1 snapshots [d] and D_syn (synth.Synthetic), learnt once, or anew every
-    `resynthesize` rounds from the latest T_w + 1 snapshots.  Source: Pi et al. 2023 (DynaFed), Algorithm 1.
+    `resynthesize` rounds from the latest T_w + 1 snapshots.  Source: Pi et al. 2023 (DynaFed), released code.
     """
 
     def __init__(self, task, cfg):

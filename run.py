@@ -170,35 +170,45 @@ def configs_of(args):
     return [dataclasses.replace(base, algo=a, seed=base.seed + s).check() for a in dict.fromkeys(args.algo) for s in range(args.seeds)]
 
 
+def prepare(args):
+    """Everything that can be wrong with the input is found here, before any work -> (folder, its Configs, is it one run?).
+
+    Raises ValueError; for a new run it makes the folder, as the last thing (no tensors []).  Source: ours.
+    """
+    if args.resume:
+        single, configs = experiment.read_settings(args.resume)
+        return args.resume, configs, single
+    configs = configs_of(args)
+    experiment.compose(configs[0])
+    if len(configs) == 1:
+        wanted = f"{configs[0].algo}-s{configs[0].seed}", "config.json", experiment.described(configs[0])
+    else:
+        wanted = "comparison", "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n"
+    return experiment.new_folder(args.out, args.name, *wanted), configs, len(configs) == 1
+
+
 def main(argv=None):
-    """The command: -> exit code 0, 1 or 2 (no tensors []).  Source: this file's card."""
+    """The command: -> exit code 0, 1 or 2, or 130 after Ctrl-C (no tensors []).  Source: this file's card."""
     try:
         args = parser().parse_args(argv)
         if args.explain:
             print(explain(args.explain))
             return 0
-        if args.resume:
-            folder = args.resume
-            single, configs = experiment.read_settings(folder)
-        else:
-            configs = configs_of(args)
-            experiment.compose(configs[0])                         # whatever is wrong with the input is found here, before any work
-            single = len(configs) == 1
-            folder = experiment.new_folder(args.out, args.name, f"{configs[0].algo}-s{configs[0].seed}" if single else "comparison")
-            if single:
-                experiment.write(folder / "config.json", experiment.described(configs[0]))
-            else:
-                experiment.write(folder / "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n")
+        folder, configs, single = prepare(args)
+    except ValueError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    try:
         if not single:
             return compare(folder, configs)
         print(card(folder, experiment.execute(folder, configs[0])))
         return 0
+    except experiment.UserError as error:                         # a checkpoint that cannot be used
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
     except (loop.Diverged, FloatingPointError) as error:
         print(f"run.py: {error} (the log is kept in {folder})", file=sys.stderr)
         return 1
-    except ValueError as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\nrun.py: interrupted; continue with: python run.py --resume {folder}", file=sys.stderr)
         return 130

@@ -13,7 +13,7 @@ own point w it can only see F_i. What it takes for u is what separates the metho
     FedLESAM    minus the last move of the global model: global, but old, and blurred by compression
     FedSynSAM   a mixture of its own gradient and the gradient on synthetic data distilled from the global trajectory
 
-Sources: SAM, Foret et al. 2021, eq. (2)-(3); ASAM, Kwon et al. 2021, eq. (4); FedSynSAM, arXiv 2602.11584.
+Sources: SAM, Foret et al. 2021, eq. (2)-(3); ASAM, Kwon et al. 2021; FedSynSAM, arXiv 2602.11584.
 Read next: synth.py (where the synthetic data come from).
 """
 import torch
@@ -33,7 +33,7 @@ def perturb_adaptive(w, direction, rho, eta=0.01, scaled=None):
     """ASAM's climb: rho T^2 u / ||T u|| with T = |w| + eta, so that a rescaled but equal network climbs equally.
 
     w [d], direction u [d], scaled [d] bool (where T applies; elsewhere, e.g. for biases, T = 1; None: everywhere) -> [d].
-    With T = 1 this is `perturb`. rho is not comparable with SAM's.  Source: Kwon et al. 2021, eq. (4).
+    With T = 1 this is `perturb`. rho is not comparable with SAM's.  Source: Kwon et al. 2021.
     """
     T = w.abs() + eta
     if scaled is not None:

@@ -16,7 +16,7 @@ What D_syn is good for: DynaFed trains on it at the server; FedSynSAM reads the 
 (the gradient of `synthetic_loss`; fl.py). The soft cross-entropy here is the true one, a sum over classes; DynaFed's code also divides
 by the number of classes C, so its step size 0.04 is 0.004 here (C = 10).
 
-Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878), section 3.2; trajectory matching, Cazenavette et al. 2022; the
+Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878) and its released code; trajectory matching, Cazenavette et al. 2022; the
 augmentation, Zhao and Bilen 2021 (DSA). Read next: fl.py.
 """
 import math
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 
 class Synthetic(NamedTuple):
-    """images X [n, C, H, W] (normalised), label logits Y [n, classes], step size a [].  Source: DynaFed, section 3.2."""
+    """images X [n, C, H, W] (normalised), label logits Y [n, classes], step size a [].  Source: DynaFed, Pi et al. 2023."""
     images: torch.Tensor
     logits: torch.Tensor
     step: torch.Tensor
@@ -38,7 +38,7 @@ def soft_cross_entropy(scores, logits):
     """Mean over samples of -sum_c softmax(Y)_c log softmax(scores)_c.  scores, logits [n, classes] -> [].
 
     With one-hot labels (logits of +large) it is the ordinary cross-entropy; DynaFed's code divides it by C.
-    Source: DynaFed, eq. (4), in true cross-entropy scale.
+    Source: DynaFed (released code), in true cross-entropy scale.
     """
     return -(logits.softmax(1) * scores.log_softmax(1)).sum(1).mean()
 
@@ -54,7 +54,7 @@ def synthetic_loss(apply, w, synthetic):
 def unroll(apply, w, synthetic, inner_steps, look=lambda x: x):
     """M steps of gradient descent on D_syn: w = theta_0 [d] -> theta_M [d], differentiable in X, Y and a.
 
-    look: what is done to the images before each step (augmentation).  Source: DynaFed, eq. (5).
+    look: what is done to the images before each step (augmentation).  Source: DynaFed (released code).
     """
     images, logits, step = synthetic
     for _ in range(inner_steps):
@@ -67,7 +67,7 @@ def matching_loss(end, start, target):
     """L_TM = ||end - target||^2 / ||start - target||^2, three vectors [d] -> [].
 
     It is 1 if end = start, 0 if end = target, and does not change when all differences are scaled.  The caller sees to it
-    that start != target (`draw_segment`).  Source: DynaFed, eq. (5); Cazenavette et al. 2022, eq. (3).
+    that start != target (`draw_segment`).  Source: DynaFed (released code); Cazenavette et al. 2022.
     """
     return (end - target).square().sum() / (start - target).square().sum()
 
@@ -77,7 +77,7 @@ def draw_segment(trajectory, window, average, generator):
 
     average: the target is the mean of r snapshots drawn with replacement from the window, r from {2, ..., window} (r = 1
     if window is 1); otherwise it is the last snapshot of the window. A segment that does not move is drawn again; raises
-    ValueError if the trajectory is too short or nothing in it moves.  Source: DynaFed's released code.
+    ValueError if the trajectory is too short, FloatingPointError if nothing in it moves.  Source: DynaFed's released code.
     """
     if len(trajectory) <= window:
         raise ValueError(f"a trajectory of {len(trajectory)} snapshots has no window of {window} moves; warm up longer")
@@ -91,7 +91,7 @@ def draw_segment(trajectory, window, average, generator):
             target = trajectory[p + window]
         if not torch.equal(target, trajectory[p]):
             return trajectory[p], target
-    raise ValueError("the trajectory does not move: trajectory matching would divide by zero")
+    raise FloatingPointError("the trajectory does not move, so trajectory matching would divide by zero; is lr or server_lr tiny?")
 
 
 def first_guess(n_per_class, classes, image_shape, label_scale, step, generator, like):
@@ -112,7 +112,7 @@ def distill(apply, trajectory, guess, generator, outer_steps=200, inner_steps=10
 
     One outer step: draw a segment, unroll M inner steps from its start, move X, Y and a by Adam (three learning rates)
     along -grad L_TM. A step whose loss or gradient is not finite is dropped and a halved; after 10 such steps in a row
-    FloatingPointError is raised.  Source: DynaFed, Algorithm 1 and released code; the guards are ours.
+    FloatingPointError is raised.  Source: DynaFed (released code); the guards are ours.
     """
     learnt = [t.clone().requires_grad_() for t in guess]
     adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(learnt, (rate_images, rate_labels, rate_step))])
