@@ -133,7 +133,7 @@ def save(folder, fed, seconds, log_length):
     """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length.  Source: ours."""
     method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg")}
     state = {"settings": fed.cfg.hash(), "t": fed.t, "w": fed.w, "move": fed.move, "up": fed.up, "down": fed.down, "method": method,
-             "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "seconds": seconds, "log": log_length}
+             "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "parcel": fed.parcel, "seconds": seconds, "log": log_length}
     with open(folder / "checkpoint.tmp", "wb") as f:
         torch.save(state, f)
         f.flush()
@@ -157,7 +157,7 @@ def restore(folder, fed):
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not same:
         raise UserError(f"{path} belongs to other settings than {folder}/config.json")
-    fed.t, fed.w, fed.move, fed.up, fed.down = (state[k] for k in ("t", "w", "move", "up", "down"))
+    fed.t, fed.w, fed.move, fed.up, fed.down, fed.parcel = (state[k] for k in ("t", "w", "move", "up", "down", "parcel"))
     fed.memory.table, fed.memory.slot, fed.holders = state["table"], state["slot"], set(state["holders"])
     vars(fed.method).update(state["method"])
     return state["seconds"], state["log"]

@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 
-import compress
 import sam
 import synth
 
@@ -57,7 +56,6 @@ class FedAvg:
     """
     memory = 0                                  # vectors [d] that a client keeps between its rounds
     uplinks = 1                                 # vectors [d] that a client sends in a round
-    parcel = 0                                  # bytes that each client receives once
     vmapped = False                             # True while clients are trained under torch.func.vmap
 
     def __init__(self, task, cfg):
@@ -78,14 +76,21 @@ class FedAvg:
         return self.grad_of(lambda v: self.task.loss(v, rows), w)
 
     def begin(self, t, w, progress=False):
-        """What the server does before round t with its model w [d] -> True if clients must fetch a new parcel.  Source: ours."""
+        """What the server does before round t with its model w [d] -> True if there is a new parcel.  Source: ours."""
+
+    def parcel(self):
+        """What each client fetches once, when there is a new one: -> list of tensors [...].  Source: ours."""
+        return []
+
+    def unpack(self, tensors):
+        """What the clients make of a parcel, its tensors [...] as they came through the wire.  Source: ours."""
 
     def broadcast(self, w):
-        """What the server sends in every round: w [d] first -> list of vectors; `receive` gets them decoded.  Source: ours."""
+        """What the server sends in every round: w [d] first -> list of vectors [d].  Source: ours."""
         return [w]
 
-    def receive(self, vectors):
-        """What a client keeps of the vectors beyond w (a list of [d]).  Source: ours."""
+    def receive(self, w, extra):
+        """What a client makes of w [d] and the other vectors [d] as they came through the wire, before its steps.  Source: ours."""
 
     def first_memory(self, w):
         """The rows [p, d] of a client that was never active before, given w [d].  Source: ours."""
@@ -158,8 +163,8 @@ class FedLESAMServer(FedAvg):
     def broadcast(self, w):
         return [w, self.move]
 
-    def receive(self, vectors):
-        self.uphill = -vectors[0]
+    def receive(self, w, extra):
+        self.uphill = -extra[0]
 
     def direction(self, w, rows, me):
         return self.uphill
@@ -220,27 +225,29 @@ class FedSynSAM(Distilling):
 
         u = (1 - mix) g_i(w) + mix g_syn(w)         eps = rho u / ||u||         w <- w - eta g_i(w + eps)
 
-    w [d]; 3 gradients a step (2 if mix is 0 or 1, or with one synthetic gradient a round); d floats up and down, and D_syn
-    once to each client. Before round T_w: FedSAM, or FedAvg with warmup_method = "fedavg".
+    w [d]; 3 gradients a step (2 if mix is 0 or 1); with syn_gradient = "round", g_syn(w^t) once a round instead, so 2 (or 1 if
+    mix is 1); d floats up and down, and D_syn once to each client. Before round T_w: FedSAM or FedAvg (warmup_method).
     Source: arXiv 2602.11584, abstract; the mixture and every knob are this project's choice (config.py marks them).
     """
 
-    def begin(self, t, w, progress=False):
-        if super().begin(t, w, progress):                 # the clients work with what came through the wire
-            wire, (images, logits, step) = compress.Identity(w.dtype), self.synthetic
-            buffer = wire.encode(torch.cat([images.flatten(), logits.flatten()]))
-            x, y = wire.decode(buffer, images.numel() + logits.numel()).split([images.numel(), logits.numel()])
-            self.synthetic, self.parcel = synth.Synthetic(x.view_as(images), y.view_as(logits), step), len(buffer)
-            return True
+    def parcel(self):
+        return self.synthetic[:2]                       # images and label logits
+
+    def unpack(self, tensors):
+        self.synthetic = synth.Synthetic(*tensors, self.synthetic.step)
+
+    def receive(self, w, extra):
+        self.uphill = self.g_syn(w) if self.synthetic and self.cfg.syn_gradient == "round" else None
+
+    def g_syn(self, w):
+        """The gradient of the synthetic loss at w [d] -> [d].  Source: our reading of arXiv 2602.11584."""
+        return self.grad_of(lambda v: synth.synthetic_loss(self.task.apply, v, self.synthetic), w)
 
     def direction(self, w, rows, me):
         c = self.cfg
-        if self.synthetic is None:
-            return self.grad(w, rows) if c.warmup_method == "fedsam" else None
-        if c.mix == 0:
-            return self.grad(w, rows)
-        where = w if c.syn_gradient == "step" else me.start
-        uphill = self.grad_of(lambda v: synth.synthetic_loss(self.task.apply, v, self.synthetic), where)
+        if self.synthetic is None or c.mix == 0:
+            return None if self.synthetic is None and c.warmup_method == "fedavg" else self.grad(w, rows)
+        uphill = self.g_syn(w) if c.syn_gradient == "step" else self.uphill
         return uphill if c.mix == 1 else sam.mix_directions(self.grad(w, rows), uphill, c.mix, c.mix_units)
 
 

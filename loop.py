@@ -97,7 +97,7 @@ class Federation:
         self.wire = compress.Identity(task.w0.dtype)                 # the downlink is not compressed
         self.residuals = self.method.uplinks if cfg.error_feedback else 0
         self.memory = Memory(self.method.memory + self.residuals, task.w0)
-        self.holders = set()                                         # clients that have the method's parcel
+        self.holders, self.parcel = set(), 0                         # clients that have the method's parcel; its bytes
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def clients(self, t):
@@ -143,11 +143,10 @@ class Federation:
         self.up += len(buffer)
         return self.compressor.decode(buffer, len(x)).to(x.dtype), e
 
-    def downlink(self, vectors, m):
-        """A list of vectors [d] through the wire to m clients -> decoded list.  Adds to `down`.  Source: ours."""
-        buffers = [self.wire.encode(v) for v in vectors]
-        self.down += m * sum(map(len, buffers))
-        return [self.wire.decode(b, len(v)) for b, v in zip(buffers, vectors)]
+    def through_wire(self, tensors):
+        """The way down to one client: tensors [...] -> (the list as decoded, the bytes it took).  Source: ours."""
+        buffers = [self.wire.encode(x.flatten()) for x in tensors]
+        return [self.wire.decode(b, x.numel()).view_as(x) for b, x in zip(buffers, tensors)], sum(map(len, buffers))
 
     def round(self, progress=False):
         """One round: w^t [d] -> w^{t+1} [d]; returns True if the server synthesised data in it.
@@ -157,10 +156,12 @@ class Federation:
         t, method, clients = self.t, self.method, self.clients(self.t)
         synthesised = method.begin(t, self.w, progress)
         if synthesised:
+            decoded, self.parcel = self.through_wire(method.parcel())
+            method.unpack(decoded)
             self.holders = set()
-        w, *extra = self.downlink(method.broadcast(self.w), len(clients))
-        method.receive(extra)
-        self.down += method.parcel * len(set(clients) - self.holders)
+        (w, *extra), size = self.through_wire(method.broadcast(self.w))
+        method.receive(w, extra)
+        self.down += size * len(clients) + self.parcel * len(set(clients) - self.holders)
         self.holders |= set(clients)
 
         sent, kept = self.train(w, clients, self.plans(clients, t), t)

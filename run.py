@@ -105,8 +105,10 @@ def explain(name):
         return "\n".join(out + [inspect.getsource(method)])
     for key, value in vars(method).items():
         if inspect.isfunction(value):
-            before = inspect.getsource(getattr(parent, key)).splitlines() if hasattr(parent, key) else []
-            out += list(difflib.unified_diff(before, inspect.getsource(value).splitlines(), f"{parent.__name__}.{key}",
+            source = inspect.getsource(value)
+            inherits = not hasattr(parent, key) or f"super().{key}(" in source      # it adds to its parent's answer
+            before = [] if inherits else inspect.getsource(getattr(parent, key)).splitlines()
+            out += list(difflib.unified_diff(before, source.splitlines(), f"{parent.__name__}.{key}",
                                              f"{method.__name__}.{key}", n=99, lineterm="")) + [""]
         elif not key.startswith("__"):
             out += [f"{method.__name__}.{key} = {value!r}   ({parent.__name__}: {getattr(parent, key, None)!r})", ""]

@@ -106,6 +106,7 @@ def alignment(fed, rows, mix=0.5):
     """
     task, method, clients = fed.task, fed.method, fed.clients(fed.t)
     synthetic = getattr(method, "synthetic", None)
+    method.receive(fed.w, method.broadcast(fed.w)[1:])
     plans = fed.plans(clients, fed.t)
     sent, _ = fed.train(fed.w, clients, [p[:-1] for p in plans], fed.t)
 

@@ -617,7 +617,7 @@ def quad(task, algo, compressor=Identity(f64), rounds=1, chunk=1, **kw):
 def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None, chunk=1, begin=0, **kw):
     """A small federation on 240 of the bundled images in float64: Task and Federation as run.py composes them."""
     kw = {"clients": 6, "participation": 4, "rounds": 4, "local_steps": 3, "batch": 8, "warmup": 2, "window": 2, "outer_steps": 3, "inner_steps": 2,
-          "ipc": 1, "hidden": 8, "width": 2, "alpha": 0.5, "error_feedback": False, "rho": 0.05, **kw}
+          "ipc": 1, "hidden": 8, "width": 2, "alpha": 0.5, "lr": 0.05, "rho": 0.05, "warmup_method": "fedsam", "mix": 0.5, **kw}
     cfg = config.Config(algo=algo, model=model, **kw).check()
     train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
     net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
@@ -705,12 +705,17 @@ def test_fl_synthetic_equal_to_all_data_gives_the_global_perturbation(bundled):
 
 
 def test_fl_synthetic_gradient_once_a_round_is_taken_at_the_received_model(bundled):
-    fed = vision("fedsynsam", bundled, begin=3, mix=1.0, syn_gradient="round")
-    me, elsewhere = fl.Client(fed.w, fed.w[:0]), fed.w + 0.1
-    rows = fed.plans([0], 3)[0][0]
-    assert torch.equal(fed.method.direction(elsewhere, rows, me), fed.method.direction(fed.w, rows, me))
-    fed.method.cfg = dataclasses.replace(fed.cfg, syn_gradient="step")
-    assert not torch.equal(fed.method.direction(elsewhere, rows, me), fed.method.direction(fed.w, rows, me))
+    fed = vision("fedsynsam", bundled, begin=3, mix=1.0, syn_gradient="round", rho=0.5)
+    method, me, elsewhere, rows = fed.method, fl.Client(fed.w, fed.w[:0]), fed.w + 0.1, fed.plans([0], 3)[0][0]
+    method.receive(fed.w, [])
+    at_start = method.direction(elsewhere, rows, me)
+    assert torch.equal(at_start, method.direction(fed.w, rows, me)) and torch.equal(at_start, method.g_syn(fed.w))
+    calls, g_syn = [], method.g_syn
+    method.g_syn = lambda w: calls.append(1) or g_syn(w)
+    fed.round()
+    assert len(calls) == 1                                                           # one synthetic gradient for the whole round
+    method.cfg = dataclasses.replace(fed.cfg, syn_gradient="step")
+    assert not torch.equal(method.direction(elsewhere, rows, me), at_start)
 
 
 def test_fl_synthesis_happens_when_it_should_and_is_fetched_once(bundled):
@@ -719,8 +724,8 @@ def test_fl_synthesis_happens_when_it_should_and_is_fetched_once(bundled):
     model_bytes = 6 * (8 * len(fed.w) + 4)
     assert fed.down == 2 * model_bytes
     fed.round()
-    first, parcel = fed.method.synthetic, 8 * (10 * 784 + 100) + 4
-    assert first is not None and fed.method.parcel == parcel and len(fed.method.trajectory) == 3
+    first, parcel = fed.method.synthetic, 8 * (10 * 784 + 100) + 2 * 4
+    assert first is not None and fed.parcel == parcel and len(fed.method.trajectory) == 3
     assert fed.down == 3 * model_bytes + 6 * parcel
     fed.round()
     assert fed.method.synthetic is first and fed.down == 4 * model_bytes + 6 * parcel
