@@ -158,6 +158,7 @@ class RandK:
         return self.scaled
 
     def places(self, seed, d):
+        """The k places of [d] that a seed stands for -> [k], the same for client and server.  Source: Stich et al. 2018."""
         return torch.randperm(d, generator=torch.Generator().manual_seed(seed))[:self.k]
 
     def encode(self, x, generator=None):
@@ -204,7 +205,7 @@ class QSGD:
         # the sum of squares is taken in float64, where it cannot overflow; the scale is rounded to the wire's type FIRST,
         # so that both ends use the same grid and the code stays unbiased
         size = x.abs().amax(1) if self.scale == "max" else torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-        size = size.clamp_max(torch.finfo(self.dtype).max).to(self.dtype)
+        size = size.clamp_max(0.99 * torch.finfo(self.dtype).max).to(self.dtype)
         u = x.abs() * (s / size.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(torch.finfo(x.dtype).max)[:, None]
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         level = (u + noise).floor_().clamp_(max=s).view(-1)[:d]      # l + 1 with probability u - l; clamp: rounding only
@@ -221,7 +222,10 @@ class QSGD:
         if (size < 0).any() or (level > s).any():
             raise ValueError(f"damaged buffer: a scale below 0 or a level above s = {s}")
         x = torch.where(code >> bits > 0, -level, level).to(self.dtype)
-        return (torch.nn.functional.pad(x, (0, n * q - d)).view(n, q) * (size / s)[:, None]).view(-1)[:d]
+        x = (torch.nn.functional.pad(x, (0, n * q - d)).view(n, q) * (size / s)[:, None]).view(-1)[:d]
+        if not x.isfinite().all():
+            raise ValueError("damaged buffer: a level times its scale is not finite")
+        return x
 
 
 @dataclass(frozen=True)

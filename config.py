@@ -3,7 +3,7 @@
 Results cannot be reproduced when a setting is not written down. So there is one list, this one; `python run.py --help`
 prints it, config.json in every run folder records it, and a test checks that every field is really read.
 
-[paper] the value or form is stated by the source of the method;  [ours] the source leaves it open (of FedSynSAM only the
+[DynaFed] the value is that of DynaFed's released code;  [ours] the source leaves it open (of FedSynSAM only the
 abstract was at hand), and this is our choice, made on validation data where a number is meant (README, "How the defaults
 were chosen").  Read next: run.py.
 """
@@ -21,15 +21,15 @@ import models
 
 
 def option(default, text, *legal):
-    """A field with its sentence for --help and, if given, its legal values (no tensors []).  Source: ours."""
+    """A field with its sentence for --help and, if given, its legal values."""
     return field(default=default, metadata={"text": text, "legal": legal})
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings (no tensors []); `check()` says in one ValueError what is wrong with them.  Source: see each field."""
+    """All settings; `check()` says in one ValueError what is wrong with them.  Source: see each field."""
     algo: str = option("fedsynsam", "method", *fl.METHODS)
-    seed: int = option(0, "seed of everything random: split, weights, clients, batches, compressor, synthesis")
+    seed: int = option(0, "seed of split, weights, clients, batches, compressor, synthesis (the validation images are the same for all seeds)")
     # data
     dataset: str = option("bundled", f"one of {', '.join(data.DATASETS)}, or a Keras-layout file PATH.npz")
     val: int = option(1000, "training images held out for tuning, class-balanced")
@@ -75,12 +75,12 @@ class Config:
     window: int = option(3, "target lies at most so many rounds ahead [DynaFed]")
     average_targets: bool = option(True, "target is a mean of snapshots in the window [DynaFed]")
     syn_step: float = option(0.1, "first value of the synthetic step size a, true cross-entropy scale [ours; DynaFed 0.004]")
-    syn_labels: float = option(5.0, "first label logits are this times one-hot [DynaFed's scripts 0, its default 10]")
+    syn_labels: float = option(5.0, "first label logits are this times one-hot [ours; DynaFed's scripts 0, its default 10]")
     rate_images: float = option(0.05, "Adam rate of the synthetic images [DynaFed]")
     rate_labels: float = option(0.1, "Adam rate of the label logits [ours; DynaFed 0.01]")
     rate_step: float = option(1e-5, "Adam rate of the synthetic step size [DynaFed]")
     syn_augment: bool = option(False, "differentiable augmentation in the synthesis [ours; DynaFed on]")
-    mix: float = option(1.0, "FedSynSAM: weight of the synthetic gradient, 0..1 [ours]")
+    mix: float = option(1.0, "FedSynSAM: weight of the synthetic gradient, 0..1; 0 is FedSAM if warmup_method is fedsam [ours]")
     mix_units: bool = option(True, "FedSynSAM: mix unit vectors instead of raw gradients [ours]")
     syn_gradient: str = option("step", "FedSynSAM: synthetic gradient at every step, or once a round at w^t [ours]", "step", "round")
     finetune_epochs: int = option(20, "DynaFed: server epochs on the synthetic data a round [DynaFed]")
@@ -98,7 +98,7 @@ class Config:
     checkpoint_every: int = option(5, "rounds between checkpoints")
 
     def check(self):
-        """Raise ValueError with the value, the rule it broke and the legal values (no tensors []).  Source: ours."""
+        """Raise ValueError with the value, the rule it broke and the legal values."""
         for f in dataclasses.fields(self):
             value, legal = getattr(self, f.name), f.metadata["legal"]
             if legal and value not in legal:
@@ -106,11 +106,11 @@ class Config:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{f.name} = {value} is not a finite number")
         for name, low, high in (
-                ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 4096),
-                ("hidden", 1, 65536), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
-                ("local_steps", 1, None), ("local_epochs", 0, None), ("batch", 1, None), ("weight_decay", 0, None), ("clip", 0, None),
+                ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
+                ("hidden", 1, 8192), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
+                ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
                 ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("rho", 0, None), ("warmup", 1, None),
-                ("resynthesize", 0, None), ("ipc", 1, None), ("outer_steps", 1, None), ("inner_steps", 1, None), ("window", 1, self.warmup),
+                ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
                 ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
@@ -118,13 +118,17 @@ class Config:
             if value < low or high is not None and value > high:
                 raise ValueError(f"{name} = {value} is out of range; it must be " +
                                  (f"at least {low}" if high is None else f"in {low}..{high}"))
+        if issubclass(fl.METHODS[self.algo], fl.Distilling) and self.warmup >= self.rounds:
+            raise ValueError(f"warmup = {self.warmup} leaves {self.algo} no round of {self.rounds} after its synthesis; it must be below rounds")
+        if self.error_feedback and self.compress == "randk" and self.scaled:
+            raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
         for name in ("alpha", "lr", "server_lr", "k", "syn_step"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
         return self
 
     def quick(self):
-        """The same job at a tenth of the size, for a first look and for tests (no tensors []).  Source: ours."""
+        """The same job at a tenth of the size, for a first look and for tests."""
         tenth = lambda n, least: max(least, round(n / 10))                                        # noqa: E731
         warmup = tenth(self.warmup, 2)
         return dataclasses.replace(
@@ -132,7 +136,7 @@ class Config:
             last=1, measure_images=tenth(self.measure_images, 100), resynthesize=-(-self.resynthesize // 10))
 
     def hash(self):
-        """Eight characters that two runs share if and only if all settings but the machine's agree (no tensors []).  Source: ours."""
+        """Eight characters that two runs share if and only if all settings but the machine's agree."""
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in MACHINE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -141,7 +145,7 @@ MACHINE = ("device", "threads", "chunk", "deterministic", "checkpoint_every")
 
 
 def closest(word, legal):
-    """"did you mean X? legal: ...", for a word that is none of `legal` (no tensors []).  Source: ours."""
+    """"did you mean X? legal: ...", for a word that is none of `legal`."""
     near = difflib.get_close_matches(str(word).lower(), legal, 1, 0.5)
     return (f"did you mean {near[0]!r}? " if near else "") + f"legal: {', '.join(legal)}"
 

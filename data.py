@@ -9,7 +9,7 @@ How the labels are spread over the clients is what makes federated learning hard
     dirichlet-class   class c is cut over the clients by q_c ~ Dir(alpha); sizes differ, none falls below a minimum
     shards            every client sees c classes, no others
 
-alpha -> infinity is IID, alpha = 0.1 leaves most clients with two or three classes. The two Dirichlet splits share the
+alpha -> infinity is IID, alpha = 0.1 leaves most clients with two to four classes of any weight. The two Dirichlet splits share the
 letter and not the difficulty: never compare their alphas.
 
 A batch is a tensor `rows` [B, 4] of integers (image number, shift down, shift right, flip); number -1 is padding with
@@ -91,7 +91,7 @@ def import_torchvision():
     """Import torchvision even where its compiled operators cannot load (a CUDA wheel beside a CPU torch).
 
     There `import torchvision` fails with "operator torchvision::nms does not exist". Nothing here uses these operators,
-    so they are declared without an implementation and the import is tried again. -> the module (no tensors [])
+    so they are declared without an implementation and the import is tried again. -> the module
     Source: ours.
     """
     try:
@@ -127,7 +127,7 @@ def read_npz(path):
             missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in pack.files]
             if missing:
                 raise ValueError(f"it has no array {missing[0]!r} (needed: x_train, y_train, x_test, y_test)")
-            arrays = {k: pack[k] for k in pack.files}
+            arrays = {k: pack[k] for k in ("x_train", "y_train", "x_test", "y_test", "classes") if k in pack.files}
     except FileNotFoundError:
         raise ValueError(f"dataset {str(path)!r}: there is no such file (built in: {', '.join(DATASETS)})") from None
     except Exception as error:                                   # numpy raises many kinds for a file that is no npz
@@ -145,7 +145,10 @@ def read_npz(path):
                              (f", found {y.min()}..{y.max()}" if len(y) else ", found none"))
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         raise ValueError(f"dataset {str(path)!r}: training and test images differ in shape")
-    names = [str(c) for c in arrays.get("classes", range(int(arrays["y_train"].max()) + 1))]
+    names = np.asarray(arrays.get("classes", np.arange(int(arrays["y_train"].max()) + 1)))
+    if names.ndim != 1 or len(names) <= arrays["y_train"].max():
+        raise ValueError(f"dataset {str(path)!r}: classes is {names.shape}; expected one name for each of the labels 0..{arrays['y_train'].max()}")
+    names = [str(c) for c in names]
     return *(arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")), names
 
 
@@ -223,6 +226,8 @@ def partition(y, n_clients, how="dirichlet", alpha=0.1, classes_per_client=2, mi
         parts = dirichlet_per_class(pools, n_clients, alpha, min_size, rng)
     else:
         parts = shards(pools, n_clients, classes_per_client, rng)
+    if min(map(len, parts)) == 0:
+        raise ValueError(f"partition {how!r} leaves a client without images; take fewer clients than {n_clients}")
     return [torch.from_numpy(np.sort(p)) for p in parts]
 
 

@@ -7,7 +7,9 @@ in its weights (on a CPU with the same number of threads): a checkpoint is repla
 was when it was written; what was logged later is cut off and logged again.  Read next: run.py.
 """
 import dataclasses
+import errno
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -31,36 +33,42 @@ import synth
 from config import Config
 from tools import plot
 
+try:
+    import fcntl
+except ImportError:                                     # Windows has no flock; runs work there without the lock
+    fcntl = None
+
 HERE = pathlib.Path(__file__).parent
 
 
 class UserError(ValueError):
-    """Wrong input: one helpful line, exit code 2 (no tensors []).  Source: ours."""
+    """Wrong input: one helpful line, exit code 2."""
 
 
 # ----------------------------------------------------------------------------------------------------- composition
 def device_of(cfg):
-    """The torch device that the settings name; ValueError for cuda without a GPU (no tensors []).  Source: ours."""
+    """The torch device that the settings name; ValueError for cuda without a GPU."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', but torch sees no GPU here; use auto or cpu")
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def threads_of(cfg):
-    """CPU threads to use: the setting, or all cores this process may use (no tensors []).  Source: ours."""
+    """CPU threads to use: the setting, or all cores this process may use."""
     return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def compose(cfg):
     """From settings to things: load images, split them, build w0 [d], compressor and loop -> (Dataset, Federation).
 
-    Raises ValueError for anything in the settings that cannot work.  Source: ours.
+    Raises ValueError for anything in the settings that cannot work.
     """
     device = device_of(cfg)
     torch.set_num_threads(threads_of(cfg))
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # what torch asks for on a GPU
     torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.backends.cudnn.allow_tf32 = False                                # a GPU's convolutions in true float32, as on a CPU
     images = data.load(cfg.dataset, cfg.val, device)
     model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device)
     parts = data.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
@@ -70,16 +78,19 @@ def compose(cfg):
 
 
 def machine():
-    """Versions and hardware, for config.json -> dict (no tensors []).  Source: ours."""
+    """Versions and hardware, for config.json -> dict."""
     code = b"".join((HERE / f).read_bytes() for f in sorted(p.name for p in HERE.glob("*.py") if not p.name.startswith("test")))
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "system": platform.platform(),
-            "processor": platform.machine(), "cores": os.cpu_count(), "source": hashlib.sha256(code).hexdigest()[:8],
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": importlib.metadata.version("torchvision"),
+            "numpy": numpy.__version__, "system": platform.platform(), "processor": (names or [platform.processor()])[0],
+            "cores": os.cpu_count(), "source": hashlib.sha256(code).hexdigest()[:8],
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}
 
 
 # -------------------------------------------------------------------------------------------------- folder of a run
 def write(path, text):
-    """Write a small file in one piece: it is there whole or not at all (no tensors []).  Source: ours."""
+    """Write a small file in one piece: it is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as f:
         f.write(text)
@@ -92,29 +103,35 @@ def new_folder(root, name, fallback, file, text):
     """Make root/name (UserError if it exists), or root/fallback, root/fallback-2, ..., with one file in it, in one piece.
 
     The folder is filled under another name and then renamed, so that it is never there without its settings.
-    -> its path (no tensors []).  Source: ours.
+    -> its path.
     """
-    if name and (root / name).exists():
-        raise UserError(f"{root / name} exists and is not overwritten; choose another --name, or continue it with --resume {root / name}")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        hidden = pathlib.Path(tempfile.mkdtemp(prefix=".new-", dir=root))
-        hidden.chmod(0o755)
-        write(hidden / file, text)
-        for n in range(1, 10**6):
-            folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
-            if not folder.exists():
-                hidden.rename(folder)
-                return folder
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as outer:
+            hidden = pathlib.Path(outer) / "run"
+            hidden.mkdir()
+            write(hidden / file, text)
+            for n in range(1, 10**6):
+                folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
+                if not folder.exists():
+                    try:
+                        hidden.rename(folder)
+                        return folder
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):       # another process was faster
+                            raise
+                if name:
+                    raise UserError(f"{folder} exists and is not overwritten; choose another --name, or continue it with --resume {folder}")
     except OSError as error:
         raise UserError(f"cannot make a folder in {root}: {error.strerror}") from None
 
 
 def read_settings(folder):
-    """(Is it a single run?, its Configs) of a run's or comparison's folder; UserError if it is neither (no tensors []).  Source: ours."""
-    single = not (folder / "comparison.json").exists()
-    path = folder / ("config.json" if single else "comparison.json")
+    """(Is it a single run?, its Configs) of a run's or comparison's folder; UserError if it is neither."""
+    path = folder / "comparison.json"
     try:
+        single = not path.exists()
+        path = folder / "config.json" if single else path
         stored = json.loads(path.read_text())
         return single, [Config(**s).check() for s in ([stored["settings"]] if single else stored)]
     except OSError:
@@ -124,13 +141,13 @@ def read_settings(folder):
 
 
 def runs_beside(folder):
-    """Names of the run folders beside `folder`, for error messages (no tensors []).  Source: ours."""
-    found = sorted(p.parent.name for p in folder.parent.glob("*/config.json")) if folder.parent.is_dir() else []
+    """Names of the run folders beside `folder`, for error messages."""
+    found = sorted(p.parent.name for p in folder.parent.glob("[!.]*/config.json")) if folder.parent.is_dir() else []
     return ", ".join(found[:8]) or "none"
 
 
 def save(folder, fed, seconds, log_length):
-    """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length.  Source: ours."""
+    """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length."""
     method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg")}
     state = {"settings": fed.cfg.hash(), "t": fed.t, "w": fed.w, "move": fed.move, "up": fed.up, "down": fed.down, "method": method,
              "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "parcel": fed.parcel, "seconds": seconds, "log": log_length}
@@ -144,7 +161,7 @@ def save(folder, fed, seconds, log_length):
 def restore(folder, fed):
     """Continue from checkpoint.pt if there is one -> (seconds so far, length of the log then).  w [d] and all else as saved.
 
-    UserError if the file is damaged or belongs to other settings. Loads no code (weights_only).  Source: ours.
+    UserError if the file is damaged or belongs to other settings. Loads no code (weights_only).
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -152,30 +169,35 @@ def restore(folder, fed):
     try:
         with torch.serialization.safe_globals([synth.Synthetic]):
             state = torch.load(path, map_location=fed.w.device, weights_only=True)
-        same = state["settings"] == fed.cfg.hash()
+        if state["settings"] == fed.cfg.hash():
+            fed.t, fed.w, fed.move, fed.up, fed.down, fed.parcel = (state[k] for k in ("t", "w", "move", "up", "down", "parcel"))
+            fed.memory.table, fed.memory.slot, fed.holders = state["table"], state["slot"], set(state["holders"])
+            vars(fed.method).update(state["method"])
+            return state["seconds"], state["log"]
     except Exception as error:                                    # torch raises many kinds for a damaged file
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not same:
-        raise UserError(f"{path} belongs to other settings than {folder}/config.json")
-    fed.t, fed.w, fed.move, fed.up, fed.down, fed.parcel = (state[k] for k in ("t", "w", "move", "up", "down", "parcel"))
-    fed.memory.table, fed.memory.slot, fed.holders = state["table"], state["slot"], set(state["holders"])
-    vars(fed.method).update(state["method"])
-    return state["seconds"], state["log"]
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    raise UserError(f"{path} belongs to other settings than {folder}/config.json")
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
 def execute(folder, cfg, label=""):
-    """Do the run of `folder`, from its checkpoint if it has one -> the dict of result.json (no tensors []).
+    """Do the run of `folder`, from its checkpoint if it has one -> the dict of result.json.
 
-    Raises loop.Diverged or FloatingPointError if numbers stop being finite; the log is kept.  Source: ours.
+    Raises loop.Diverged or FloatingPointError if numbers stop being finite; the log is kept.
     """
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
+        try:
+            return json.loads((folder / "result.json").read_text())
+        except ValueError:
+            raise UserError(f"{folder}/result.json is damaged; delete it and resume to make it again") from None
     images, fed = compose(cfg)
     rows = measured_rows(fed)
     seconds, length = restore(folder, fed)
     started = time.perf_counter() - seconds
     with open(folder / "log.jsonl", "a+") as log, tqdm(total=cfg.rounds, initial=fed.t, desc=label or cfg.algo, disable=None) as bar:
+        alone(log, folder)
+        if log.seek(0, os.SEEK_END) < length:
+            raise UserError(f"{folder}/log.jsonl is shorter than its checkpoint says; the folder was changed from outside")
         log.truncate(length)                            # what was logged after the checkpoint will be logged again
         while fed.t < cfg.rounds:
             synthesised = fed.round(progress=True)
@@ -198,14 +220,23 @@ def execute(folder, cfg, label=""):
     return result
 
 
+def alone(log, folder):
+    """Lock the open log for this process; UserError if another one is working in the folder."""
+    if fcntl:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} is being worked on by another process") from None
+
+
 def measured_rows(fed):
-    """A fixed random sample of training images for loss, eigenvalue and alignment -> numbers [n].  Source: ours."""
+    """A fixed random sample of training images for loss, eigenvalue and alignment -> numbers [n]."""
     n = len(fed.task.train.y)
     return torch.randperm(n, generator=fl.generator(0, "measure"))[:fed.cfg.measure_images].to(fed.w.device)
 
 
 def evaluated(fed, images, rows):
-    """Loss and accuracy of w [d] on validation and test images, and the loss on the measured training images -> dict.  Source: ours."""
+    """Loss and accuracy of w [d] on validation and test images, and the loss on the measured training images -> dict."""
     sample = images.train._replace(x=images.train.x[rows], y=images.train.y[rows])
     out = {}
     for name, part in (("train", sample), ("val", images.val), ("test", images.test)):
@@ -216,26 +247,27 @@ def evaluated(fed, images, rows):
 
 
 def read_log(folder):
-    """The lines of log.jsonl as dicts (no tensors []).  Source: ours."""
+    """The lines of log.jsonl as dicts."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def measured(folder, fed, rows, seconds):
-    """What the result card says about a finished run -> dict (no tensors []).  Source: this file's card."""
+    """What the result card says about a finished run -> dict.  Source: this file's card."""
     cfg, lines = fed.cfg, [x for x in read_log(folder) if "test_acc" in x][-fed.cfg.last:]
     mean = lambda key: statistics.fmean(x[key] for x in lines)                                          # noqa: E731
-    align = sharpness.alignment(fed, rows, cfg.mix)
+    mix = cfg.mix if 0 < cfg.mix < 1 else 0.5             # at 0 and 1 the mixture is one of its ingredients: show the middle
+    align = sharpness.alignment(fed, rows, mix)
     matching = getattr(fed.method, "matching", [])[-20:]
     return {"algo": cfg.algo, "seed": cfg.seed, "settings": cfg.hash(), "d": len(fed.w),
             "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
             "averaged": [x["round"] for x in lines],
             "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows),
             "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()},
-            "matching_loss": statistics.fmean(matching) if matching else None,
+            "mixed_at": mix, "measured_on": len(rows), "matching_loss": statistics.fmean(matching) if matching else None,
             "up": fed.up, "down": fed.down, "seconds": seconds,
             "ratio": 4 * len(fed.w) * fed.method.uplinks * cfg.participation * cfg.rounds / fed.up}
 
 
 def described(cfg):
-    """The text of config.json: all settings, their hash, versions and hardware (no tensors []).  Source: ours."""
+    """The text of config.json: all settings, their hash, versions and hardware."""
     return json.dumps({"settings": dataclasses.asdict(cfg), "hash": cfg.hash(), "machine": machine()}, indent=1) + "\n"

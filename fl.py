@@ -36,7 +36,7 @@ import synth
 def generator(seed, *what, device="cpu"):
     """A random generator that belongs to (seed, what...), e.g. (0, "batches", round 3, client 7): no state to carry along.
 
-    -> torch.Generator (no tensors []).  Source: ours.
+    -> torch.Generator.  Source: ours.
     """
     digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -190,12 +190,9 @@ class Distilling(FedAvg):
         if late <= 0 or c.resynthesize:
             self.trajectory = [*self.trajectory, w][-(c.warmup + 1):]
         if late == 0 or late > 0 and c.resynthesize and late % c.resynthesize == 0:
-            g = generator(c.seed, "synthesis", t)
-            x = self.task.train.x
-            guess = synth.first_guess(c.ipc, len(self.task.train.classes), x.shape[1:], c.syn_labels, c.syn_step, g, w)
-            self.synthetic, self.matching = synth.distill(
-                self.task.apply, self.trajectory, guess, g, c.outer_steps, c.inner_steps, c.window, c.average_targets,
-                c.rate_images, c.rate_labels, c.rate_step, c.syn_augment, progress)
+            shape, classes = self.task.train.x.shape[1:], len(self.task.train.classes)
+            self.synthetic, self.matching = synth.distill_as_set(
+                self.task.apply, self.trajectory, shape, classes, c, generator(c.seed, "synthesis", t), progress)
             return True
 
 
@@ -226,7 +223,8 @@ class FedSynSAM(Distilling):
         u = (1 - mix) g_i(w) + mix g_syn(w)         eps = rho u / ||u||         w <- w - eta g_i(w + eps)
 
     w [d]; 3 gradients a step (2 if mix is 0 or 1); with syn_gradient = "round", g_syn(w^t) once a round instead, so 2 (or 1 if
-    mix is 1); d floats up and down, and D_syn once to each client. Before round T_w: FedSAM or FedAvg (warmup_method).
+    mix is 1); d floats up and down, and D_syn once to each client. Before round T_w: FedSAM or FedAvg (warmup_method), so it is
+    FedSAM throughout if mix = 0 and warmup_method = "fedsam".
     Source: arXiv 2602.11584, abstract; the mixture and every knob are this project's choice (config.py marks them).
     """
 
@@ -245,8 +243,10 @@ class FedSynSAM(Distilling):
 
     def direction(self, w, rows, me):
         c = self.cfg
+        if self.synthetic is None and c.warmup_method == "fedavg":
+            return None
         if self.synthetic is None or c.mix == 0:
-            return None if self.synthetic is None and c.warmup_method == "fedavg" else self.grad(w, rows)
+            return self.grad(w, rows)
         uphill = self.g_syn(w) if c.syn_gradient == "step" else self.uphill
         return uphill if c.mix == 1 else sam.mix_directions(self.grad(w, rows), uphill, c.mix, c.mix_units)
 

@@ -23,7 +23,7 @@ from fl import Client, generator
 
 
 class Diverged(ArithmeticError):
-    """A client's or the server's numbers stopped being finite; the message says where and why (no tensors []).  Source: ours."""
+    """A client's or the server's numbers stopped being finite; the message says where and why.  Source: ours."""
 
 
 class Task:
@@ -101,12 +101,12 @@ class Federation:
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def clients(self, t):
-        """The m clients of round t, without replacement -> sorted list (no tensors []).  Source: McMahan et al. 2017."""
+        """The m clients of round t, without replacement -> their numbers [m], sorted.  Source: McMahan et al. 2017."""
         order = torch.randperm(len(self.task.sizes), generator=generator(self.cfg.seed, "clients", t))
         return sorted(order[:self.cfg.participation].tolist())
 
     def lr(self, t):
-        """eta of round t (a number, no tensors []).  Source: FL-Simulator's code, lr * decay^t."""
+        """eta of round t -> number [].  Source: FL-Simulator's code, lr * decay^t."""
         return self.cfg.lr * self.cfg.lr_decay ** t
 
     def plans(self, clients, t):
@@ -154,7 +154,10 @@ class Federation:
         Raises Diverged if a number is not finite.  Source: this file's card.
         """
         t, method, clients = self.t, self.method, self.clients(self.t)
-        synthesised = method.begin(t, self.w, progress)
+        try:
+            synthesised = method.begin(t, self.w, progress)
+        except FloatingPointError as error:
+            raise Diverged(f"round {t + 1}, server: {error}") from None
         if synthesised:
             decoded, self.parcel = self.through_wire(method.parcel())
             method.unpack(decoded)

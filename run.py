@@ -34,12 +34,13 @@ from tools import plot
 
 
 def card(folder, r):
-    """The result card of one run as text (no tensors []).  Source: ours."""
+    """The result card of one run as text."""
     cos = ", ".join(f"{k.replace('_', ' ')} {v:+.2f}" for k, v in r["alignment"].items() if v is not None)
+    cos = cos.replace("mixed", f"mixed {r['mixed_at']:g}")
     rows = [("accuracy", f"{100 * r['test_acc']:.2f} % test, {100 * r['val_acc']:.2f} % validation (mean of rounds "
                          f"{', '.join(map(str, r['averaged']))})"),
             ("top eigenvalue", f"{r['eigenvalue']:.1f}   (training loss {r['train_loss']:.3f})"),
-            ("alignment", f"{cos}   (cosine to the true global gradient)"),
+            ("alignment", f"{cos}"), ("", f"(cosines to the global gradient over {r['measured_on']:,} training images, at the clients' last points)"),
             ("sent up", f"{r['up'] / 1e6:.2f} MB, {r['ratio']:.1f} times less than uncompressed"),
             ("sent down", f"{r['down'] / 1e6:.2f} MB"),
             ("seconds", f"{r['seconds']:.0f}"), ("settings", f"{r['settings']} (d = {r['d']:,}, seed {r['seed']})"), ("folder", str(folder))]
@@ -50,7 +51,7 @@ def card(folder, r):
 
 # ------------------------------------------------------------------------------------------------------ comparisons
 def table(results):
-    """One line a method, mean and standard deviation over seeds, as Markdown text (no tensors []).  Source: ours."""
+    """One line a method, mean and standard deviation over seeds, as Markdown text."""
     def spread(values, form):
         values = [v for v in values if v is not None]
         if not values:
@@ -73,7 +74,7 @@ def table(results):
 def compare(folder, configs):
     """Do all runs of a comparison that are not done yet, one after the other; print and keep the table -> exit code.
 
-    A run that diverges is reported and does not stop the others (no tensors []).  Source: ours.
+    A run that diverges is reported and does not stop the others.
     """
     results, failed = [], 0
     for n, cfg in enumerate(configs):
@@ -97,7 +98,7 @@ def compare(folder, configs):
 
 # ----------------------------------------------------------------------------------------------------- command line
 def explain(name):
-    """What a method changes against its parent, as a diff of the source itself -> text (no tensors []).  Source: inspect."""
+    """What a method changes against its parent, as a diff of the source itself -> text.  Source: inspect."""
     known(name)
     method = fl.METHODS[name]
     parent, out = method.__bases__[0], [f"{method.__name__}: {inspect.cleandoc(method.__doc__)}", ""]
@@ -116,33 +117,33 @@ def explain(name):
 
 
 def explain_name(method):
-    """How to read on about a parent class (no tensors []).  Source: ours."""
+    """How to read on about a parent class."""
     named = [n for n, m in fl.METHODS.items() if m is method]
     return f"python run.py --explain {named[0]}" if named else f"class {method.__name__} in fl.py"
 
 
 def known(name):
-    """UserError with the closest match unless `name` is a method (no tensors []).  Source: ours."""
+    """UserError with the closest match unless `name` is a method."""
     if name not in fl.METHODS:
         raise experiment.UserError(f"unknown method {name!r}; {config.closest(name, list(fl.METHODS))}")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line with the closest flag, exit code 2 (no tensors []).  Source: ours."""
+    """argparse, but a mistake is one line with the closest flag, exit code 2."""
 
     def error(self, message):
         flags = [a for action in self._actions for a in action.option_strings]
-        for word in message.split():
+        for word in message.replace(":", " ").split():
             near = difflib.get_close_matches(word, flags, 1, 0.7) if word.startswith("--") and word not in flags else []
             message += f"; did you mean {near[0]}?" if near else ""
         raise experiment.UserError(message)
 
 
 def parser():
-    """The command line: one flag per field of Config, and those that are not settings (no tensors []).  Source: config.py."""
+    """The command line: one flag per field of Config, and those that are not settings.  Source: config.py."""
     p = Parser(description="Compressed, sharpness-aware federated learning: FedSynSAM and the methods it is compared with.", allow_abbrev=False)
-    p.add_argument("--algo", nargs="+", default=["fedsynsam"], metavar="METHOD", help=f"one or more of {', '.join(fl.METHODS)} (default fedsynsam)")
-    p.add_argument("--seeds", type=int, default=1, metavar="n", help="runs per method: seed, seed+1, ... (default 1)")
+    p.add_argument("--algo", nargs="+", default=argparse.SUPPRESS, metavar="METHOD", help=f"one or more of {', '.join(fl.METHODS)} (default fedsynsam)")
+    p.add_argument("--seeds", type=int, default=argparse.SUPPRESS, metavar="n", help="runs per method: seed, seed+1, ... (default 1)")
     p.add_argument("--name", help="name of the folder (default: made from method and seed)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="where folders are made (default runs)")
     p.add_argument("--resume", type=pathlib.Path, metavar="DIR", help="continue the run or comparison in this folder; its settings are used")
@@ -159,26 +160,32 @@ def parser():
 
 
 def configs_of(args):
-    """All the runs a command line asks for, checked -> list of Config (no tensors []).  Source: ours."""
-    for name in args.algo:
+    """All the runs a command line asks for, checked -> list of Config."""
+    algos, seeds = getattr(args, "algo", ["fedsynsam"]), getattr(args, "seeds", 1)
+    for name in algos:
         known(name)
-    if args.seeds < 1:
-        raise experiment.UserError(f"seeds = {args.seeds} is out of range; it must be at least 1")
-    if args.name is not None and pathlib.Path(args.name).name != args.name:
+    if not 1 <= seeds <= 1000:
+        raise experiment.UserError(f"seeds = {seeds} is out of range; it must be in 1..1000")
+    if args.name is not None and (pathlib.Path(args.name).name != args.name or len(args.name) > 200):
         raise experiment.UserError(f"name = {args.name!r} is no plain folder name (use --out DIR for where it goes)")
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name != "algo" and hasattr(args, f.name)}
-    base = Config(**fields).check()
+    base = Config(algo=algos[0], **fields).check()
     base = base.quick() if args.quick else base
-    return [dataclasses.replace(base, algo=a, seed=base.seed + s).check() for a in dict.fromkeys(args.algo) for s in range(args.seeds)]
+    base = dataclasses.replace(base, threads=experiment.threads_of(base), device=experiment.device_of(base).type)
+    return [dataclasses.replace(base, algo=a, seed=base.seed + s).check() for a in dict.fromkeys(algos) for s in range(seeds)]
 
 
 def prepare(args):
     """Everything that can be wrong with the input is found here, before any work -> (folder, its Configs, is it one run?).
 
-    Raises ValueError; for a new run it makes the folder, as the last thing (no tensors []).  Source: ours.
+    Raises ValueError; for a new run it makes the folder, as the last thing.
     """
-    if args.resume:
+    if args.resume is not None:
+        extra = sorted(set(vars(args)) - {"resume", "explain", "out", "name", "quick"}) + ["name"] * bool(args.name) + ["quick"] * args.quick
+        if extra:
+            raise experiment.UserError(f"--resume takes all settings from the folder; leave out --{extra[0].replace('_', '-')}")
         single, configs = experiment.read_settings(args.resume)
+        experiment.compose(configs[0])
         return args.resume, configs, single
     configs = configs_of(args)
     experiment.compose(configs[0])
@@ -190,16 +197,18 @@ def prepare(args):
 
 
 def main(argv=None):
-    """The command: -> exit code 0, 1 or 2, or 130 after Ctrl-C (no tensors []).  Source: this file's card."""
+    """The command: -> exit code 0, 1 or 2, or 130 after Ctrl-C.  Source: this file's card."""
     try:
         args = parser().parse_args(argv)
-        if args.explain:
+        if args.explain is not None:
             print(explain(args.explain))
             return 0
         folder, configs, single = prepare(args)
     except ValueError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:                                    # argparse, after --help
+        return stop.code or 0
     try:
         if not single:
             return compare(folder, configs)

@@ -1,6 +1,6 @@
 """How sharp is a point of the loss landscape? The largest eigenvalue of the Hessian, without ever forming the Hessian.
 
-The Hessian H of the loss at w is d x d: 54,314 x 54,314 for the smallest network here. But H v costs only two gradients
+The Hessian H of the loss at w is d x d: 54,314 x 54,314 for the default network. But H v costs only two gradients
 (`hessian_vector`), and a few dozen such products give the ends of the spectrum (`lanczos`): Lanczos builds an orthonormal
 basis q_1, ..., q_m of span{v, Hv, H^2 v, ...} in which H is a small tridiagonal matrix T, whose extreme eigenvalues
 approach those of H much faster than power iteration does, and with their signs.
@@ -89,7 +89,7 @@ def full_gradient(apply, w, images, rows, chunk=500):
 
 
 class Alignment(NamedTuple):
-    """Cosines in -1..1 to the true global gradient (means over clients; nan: not available; no tensors []).  Source: ours."""
+    """Cosines in -1..1 to the true global gradient (means over clients; nan: not available), numbers [].  Source: ours."""
     own: float
     last_move: float
     synthetic: float

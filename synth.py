@@ -112,7 +112,7 @@ def distill(apply, trajectory, guess, generator, outer_steps=200, inner_steps=10
 
     One outer step: draw a segment, unroll M inner steps from its start, move X, Y and a by Adam (three learning rates)
     along -grad L_TM. A step whose loss or gradient is not finite is dropped and a halved; after 10 such steps in a row
-    FloatingPointError is raised.  Source: DynaFed (released code); the guards are ours.
+    (or if all fail) FloatingPointError is raised.  Source: DynaFed (released code); the guards are ours.
     """
     learnt = [t.clone().requires_grad_() for t in guess]
     adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(learnt, (rate_images, rate_labels, rate_step))])
@@ -132,12 +132,19 @@ def distill(apply, trajectory, guess, generator, outer_steps=200, inner_steps=10
             failed += 1
             with torch.no_grad():
                 learnt[2].mul_(0.5)
-            if failed == 10:
-                raise FloatingPointError("the matching loss stayed non-finite for 10 steps: lower the synthetic step size "
+            if failed == min(10, outer_steps):
+                raise FloatingPointError(f"the matching loss stayed non-finite for {failed} steps: lower the synthetic step size "
                                          "(syn_step) or its learning rates")
         losses.append(loss.item())
         bar.set_postfix(L_TM=f"{losses[-1]:.3f}")
     return Synthetic(*(p.detach() for p in learnt)), losses
+
+
+def distill_as_set(apply, trajectory, image_shape, classes, c, generator, progress=True):
+    """`first_guess` and `distill` of images [C, H, W] with the settings c (config.py) -> what `distill` returns.  Source: ours."""
+    guess = first_guess(c.ipc, classes, image_shape, c.syn_labels, c.syn_step, generator, trajectory[0])
+    return distill(apply, trajectory, guess, generator, c.outer_steps, c.inner_steps, c.window, c.average_targets,
+                   c.rate_images, c.rate_labels, c.rate_step, c.syn_augment, progress)
 
 
 def augmented(x, generator):

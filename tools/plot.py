@@ -7,7 +7,7 @@ COLOURS = {"fedavg": "#000000", "fedsam": "#E69F00", "fedlesam": "#56B4E9", "fed
 
 
 def pyplot():
-    """matplotlib without a screen.  Source: ours."""
+    """matplotlib without a screen."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ def curve(path, logs, title):
     """Draw test accuracy and training loss over rounds, and accuracy over megabytes sent up.
 
     logs: {method: [log of seed 0, log of seed 1, ...]}, a log being the list of lines of log.jsonl; with several seeds the
-    line is the mean and the band one standard deviation (no tensors []).  Source: ours.
+    line is the mean and the band one standard deviation.
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
@@ -46,7 +46,7 @@ def synthetic(path, learnt, images):
     """Draw the distilled images, one row per class, each with the class its learnt label favours and how strongly.
 
     learnt: synth.Synthetic with images [n, C, H, W] (normalised) and logits [n, classes]; images: the data.Images whose mean
-    and std undo the normalisation.  Source: ours.
+    and std undo the normalisation.
     """
     plt = pyplot()
     mean, std = (v.cpu()[:, None, None] for v in (images.mean, images.std))
