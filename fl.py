@@ -193,6 +193,7 @@ class Distilling(FedAvg):
             shape, classes = self.task.train.x.shape[1:], len(self.task.train.classes)
             self.synthetic, self.matching = synth.distill_as_set(
                 self.task.apply, self.trajectory, shape, classes, c, generator(c.seed, "synthesis", t), progress)
+            self.trajectory = self.trajectory if c.resynthesize else []        # done with: it need not sit in every checkpoint
             return True
 
 
@@ -200,7 +201,7 @@ class DynaFed(Distilling):
     """Distilling, except: after every average the server trains the model on D_syn, `finetune_epochs` epochs of Adam.
 
     w [d]; client and traffic as FedAvg; server work: finetune_epochs x (images / finetune_batch) gradients a round.
-    Source: Pi et al. 2023 (DynaFed), released code; its client keeps Adam state, ours is plain SGD like every method here.
+    Source: Pi et al. 2023 (DynaFed), released code; its client keeps Adam state and its server augments D_syn, ours does not.
     """
 
     def server(self, w, mean):
