@@ -57,12 +57,13 @@ def table(results):
         if not values:
             return "-"
         return format(statistics.fmean(values), form) + (f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else "")
-    out = ["| method | test accuracy % | validation accuracy % | top eigenvalue | cosine: own | last move | synthetic | MB up | MB down | seconds | runs |",
-           "| --- " * 11 + "|"]
+    out = ["| method | test accuracy % | test loss | validation accuracy % | top eigenvalue | cosine: own | last move | synthetic | MB up | MB down | seconds | runs |",
+           "| --- " * 12 + "|"]
     for algo in dict.fromkeys(r["algo"] for r in results):
         mine = [r for r in results if r["algo"] == algo]
         column = lambda f: [f(r) for r in mine]                                                            # noqa: E731
-        cells = [spread(column(lambda r: 100 * r["test_acc"]), ".2f"), spread(column(lambda r: 100 * r["val_acc"]), ".2f"),
+        cells = [spread(column(lambda r: 100 * r["test_acc"]), ".2f"), spread(column(lambda r: r["test_loss"]), ".3f"),
+                 spread(column(lambda r: 100 * r["val_acc"]), ".2f"),
                  spread(column(lambda r: r["eigenvalue"]), ".1f"),
                  *(spread(column(lambda r: r["alignment"][k]), ".2f") for k in ("own", "last_move", "synthetic")),
                  f"{statistics.fmean(column(lambda r: r['up'])) / 1e6:.2f}", f"{statistics.fmean(column(lambda r: r['down'])) / 1e6:.2f}",
