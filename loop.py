@@ -133,6 +133,13 @@ class Federation:
             sent, kept = (torch.cat(column) for column in zip(*done))
         return sent, torch.cat([kept, memory[:, self.method.memory:]], 1)
 
+    def likely_cause(self):
+        """Why a client's update may have become infinite, judged by the model [d] it received -> text.  Source: ours."""
+        largest = float(self.w.abs().max())
+        if largest > 1e4:
+            return f"the server sent a model with entries up to {largest:.0e}, so server_lr = {self.cfg.server_lr:g} is too large"
+        return f"lr = {self.lr(self.t):g} is too large for this model and batch" + ("" if self.cfg.clip else ", and clip = 0 lets gradients grow")
+
     def uplink(self, client, x, e, t, part):
         """One vector through the wire: x [d], residual e [d] or None -> (decoded [d], new e).  Adds to `up`.  Source: ours."""
         g = generator(self.cfg.seed, "compressor", t, client, part, device=x.device)
@@ -170,8 +177,7 @@ class Federation:
         sent, kept = self.train(w, clients, self.plans(clients, t), t)
         for i, vectors in zip(clients, sent):
             if not vectors.isfinite().all():
-                raise Diverged(f"round {t + 1}, client {i}: the update is not finite. Likely cause: lr = {self.lr(t):g} is too "
-                               f"large for this model and batch" + ("" if self.cfg.clip else ", and clip = 0 lets gradients grow"))
+                raise Diverged(f"round {t + 1}, client {i}: the update is not finite. Likely cause: {self.likely_cause()}")
         size = torch.tensor([self.task.sizes[i] if self.cfg.average == "size" else 1 for i in clients], dtype=torch.float64)
         mean = torch.zeros_like(sent[0])
         for c, i in enumerate(clients):                              # in a fixed order: the sum is the same every time

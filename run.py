@@ -13,7 +13,7 @@ is a folder of such folders with comparison.json, table.md and curve.png. Exit c
 2 wrong input, found before any work.
 
 The result card. accuracy: mean over the last evaluations, never the best one. top eigenvalue: of the Hessian of the training
-loss (sharpness.py). alignment: cosine of each estimate of "uphill" to the true global gradient (fl.py). MB: lengths of the
+loss (sharpness.py). alignment: cosine of each estimate of "uphill" to the true global gradient (sharpness.py). MB: lengths of the
 buffers that were really sent.  Read next: test_all.py.
 """
 import argparse
