@@ -45,7 +45,7 @@ def card(folder, r):
             ("sent down", f"{r['down'] / 1e6:.2f} MB"),
             ("seconds", f"{r['seconds']:.0f}"), ("settings", f"{r['settings']} (d = {r['d']:,}, seed {r['seed']})"), ("folder", str(folder))]
     if r["matching_loss"] is not None:
-        rows.insert(3, ("matching loss", f"{r['matching_loss']:.3f}   (1: the synthetic images teach nothing, 0: they retrace the trajectory)"))
+        rows.insert(4, ("matching loss", f"{r['matching_loss']:.3f}   (1: the synthetic images teach nothing, 0: they retrace the trajectory)"))
     return "\n".join([f"--- {r['algo']} " + "-" * 60, *(f"{k:>15}  {v}" for k, v in rows)])
 
 
