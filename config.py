@@ -105,12 +105,13 @@ class Config:
                 raise ValueError(f"{f.name} = {value!r} is unknown; {closest(value, legal)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{f.name} = {value} is not a finite number")
+        distils = issubclass(fl.METHODS[self.algo], fl.Distilling)
         for name, low, high in (
                 ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
                 ("hidden", 1, 8192), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
                 ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
                 ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("rho", 0, None), ("warmup", 1, None),
-                ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup),
+                ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
                 ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
@@ -118,7 +119,7 @@ class Config:
             if value < low or high is not None and value > high:
                 raise ValueError(f"{name} = {value} is out of range; it must be " +
                                  (f"at least {low}" if high is None else f"in {low}..{high}"))
-        if issubclass(fl.METHODS[self.algo], fl.Distilling) and self.warmup >= self.rounds:
+        if distils and self.warmup >= self.rounds:
             raise ValueError(f"warmup = {self.warmup} leaves {self.algo} no round of {self.rounds} after its synthesis; it must be below rounds")
         if self.error_feedback and self.compress == "randk" and self.scaled:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")

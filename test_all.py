@@ -1069,6 +1069,12 @@ def test_run_explain_shows_the_source_that_differs(name, capsys):
             assert all(line.strip() in out for line in inspect.getsource(value).splitlines())
 
 
+def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
+    config.Config(algo="fedavg", warmup=2, rounds=2).check()
+    with pytest.raises(ValueError, match="window"):
+        config.Config(algo="fedsynsam", warmup=2).check()
+
+
 def test_a_method_is_at_most_about_ten_lines_of_difference():
     for method in {*fl.METHODS.values(), fl.Distilling}:
         if method is not fl.FedAvg:
