@@ -92,8 +92,10 @@ class Config:
     measure_images: int = option(2000, "training images for eigenvalue and alignment")
     # machine: these change seconds, not the experiment, and are left out of the settings hash
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
-    threads: int = option(0, "CPU threads, and clients trained at the same time on a CPU; 0 is all cores")
-    chunk: int = option(0, "clients per vmap call; 1 is one after the other; 0 is 1 on a CPU and all on a GPU")
+    procs: int = option(0, "processes that share the clients of a round (ranks.py); 0 is 1, or what torchrun started")
+    threads: int = option(0, "CPU threads of all processes together, each training one client at a time; 0 is all cores")
+    chunk: int = option(0, "clients per vmap call, halved when a GPU's memory is too small; 1 is one after the other; 0 is 1 on a CPU and all on a GPU")
+    memory_file: bool = option(False, "keep what clients remember in a file of the run's folder, mapped into memory")
     deterministic: bool = option(False, "refuse operations that are not reproducible on a GPU")
     checkpoint_every: int = option(5, "rounds between checkpoints")
 
@@ -114,7 +116,7 @@ class Config:
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
-                ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
+                ("procs", 0, 1024), ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
             value = getattr(self, name)
             if value < low or high is not None and value > high:
                 raise ValueError(f"{name} = {value} is out of range; it must be " +
@@ -142,7 +144,7 @@ class Config:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-MACHINE = ("device", "threads", "chunk", "deterministic", "checkpoint_every")
+MACHINE = ("device", "procs", "threads", "chunk", "memory_file", "deterministic", "checkpoint_every")
 
 
 def closest(word, legal):

@@ -3,9 +3,10 @@
 runs/NAME/ holds config.json (all settings, versions, hardware), log.jsonl (a line a round, written as it happens),
 checkpoint.pt, and at the end result.json, curve.png and synthetic.png. Nothing in it depends on the clock except `seconds`
 in result.json, so a run that was killed at any moment and continued ends with the same bytes in its log and the same bits
-in its weights (on a CPU with the same number of threads): a checkpoint is replaced in one piece and knows how long the log
+in its weights (on a CPU, with any number of threads): a checkpoint is replaced in one piece and knows how long the log
 was when it was written; what was logged later is cut off and logged again.  Read next: run.py.
 """
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -28,6 +29,7 @@ import data
 import fl
 import loop
 import models
+import ranks
 import sharpness
 import synth
 from config import Config
@@ -47,14 +49,16 @@ class UserError(ValueError):
 
 # ----------------------------------------------------------------------------------------------------- composition
 def device_of(cfg):
-    """The torch device that the settings name; ValueError for cuda without a GPU."""
+    """The torch device that the settings name, a GPU of its own for each process; ValueError for cuda without a GPU."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', but torch sees no GPU here; use auto or cpu")
-    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
 
 
 def threads_of(cfg):
-    """CPU threads to use: the setting, or all cores this process may use."""
+    """CPU threads of all processes of the run on this computer: the setting, or all cores it may use."""
     return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
@@ -63,18 +67,21 @@ def compose(cfg):
 
     Raises ValueError for anything in the settings that cannot work.
     """
-    device = device_of(cfg)
-    torch.set_num_threads(threads_of(cfg))
-    if cfg.deterministic:
+    device, threads = device_of(cfg), max(1, threads_of(cfg) // ranks.local_size())
+    torch.set_num_threads(1)           # one core for one operation: the numbers do not depend on how many there are; the pool uses them
+    if cfg.deterministic != torch.are_deterministic_algorithms_enabled():   # the call alone imports for two seconds
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # what torch asks for on a GPU
-    torch.use_deterministic_algorithms(cfg.deterministic)
+        torch.use_deterministic_algorithms(cfg.deterministic)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False                                # a GPU's convolutions in true float32, as on a CPU
     images = data.load(cfg.dataset, cfg.val, device)
     model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device)
     parts = data.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
     task = loop.Task(model, images.train, parts, cfg)
     chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
-    return images, loop.Federation(fl.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), threads_of(cfg), chunk)
+    workers = threads if device.type == "cpu" else 1
+    return images, loop.Federation(fl.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), workers, chunk)
 
 
 def machine():
@@ -168,10 +175,11 @@ def restore(folder, fed):
         return 0.0, 0
     try:
         with torch.serialization.safe_globals([synth.Synthetic]):
-            state = torch.load(path, map_location=fed.w.device, weights_only=True)
+            state = torch.load(path, map_location=fed.w.device, weights_only=True, mmap=fed.memory.file is not None)
         if state["settings"] == fed.cfg.hash():
             fed.t, fed.w, fed.move, fed.up, fed.down, fed.parcel = (state[k] for k in ("t", "w", "move", "up", "down", "parcel"))
-            fed.memory.table, fed.memory.slot, fed.holders = state["table"], state["slot"], set(state["holders"])
+            fed.memory.restore(state["table"], state["slot"])
+            fed.holders = set(state["holders"])
             vars(fed.method).update(state["method"])
             return state["seconds"], state["log"]
     except Exception as error:                                    # torch raises many kinds for a damaged file
@@ -180,42 +188,67 @@ def restore(folder, fed):
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
-def execute(folder, cfg, label=""):
-    """Do the run of `folder`, from its checkpoint if it has one -> the dict of result.json.
+def execute(folder, cfg, label="", made=None):
+    """Do the run of `folder`, from its checkpoint if it has one -> the dict of result.json; made: compose(cfg), if done already.
 
-    Raises loop.Diverged or FloatingPointError if numbers stop being finite; the log is kept.
+    Among several ranks all do the rounds, rank 0 alone touches the folder. Raises loop.Diverged or FloatingPointError if
+    numbers stop being finite; the log is kept.
     """
-    if (folder / "result.json").exists():
-        try:
-            return json.loads((folder / "result.json").read_text())
-        except ValueError:
-            raise UserError(f"{folder}/result.json is damaged; delete it and resume to make it again") from None
-    images, fed = compose(cfg)
-    rows = measured_rows(fed)
-    seconds, length = restore(folder, fed)
+    done = ranks.tell(ranks.served(lambda: finished(folder)))
+    if done is not None:
+        return done
+    images, fed = made or compose(cfg)
+    rows, first = measured_rows(fed), ranks.rank() == 0
+    log, seconds = ranks.served(lambda: reopen(folder, fed)) or (contextlib.nullcontext(), 0.0)
+    fed.share_state()
     started = time.perf_counter() - seconds
-    with open(folder / "log.jsonl", "a+") as log, tqdm(total=cfg.rounds, initial=fed.t, desc=label or cfg.algo, disable=None) as bar:
-        alone(log, folder)
-        if log.seek(0, os.SEEK_END) < length:
-            raise UserError(f"{folder}/log.jsonl is shorter than its checkpoint says; the folder was changed from outside")
-        log.truncate(length)                            # what was logged after the checkpoint will be logged again
+    with log, tqdm(total=cfg.rounds, initial=fed.t, desc=label or cfg.algo, disable=None if first else True) as bar:
         while fed.t < cfg.rounds:
-            synthesised = fed.round(progress=True)
+            synthesised = fed.round(progress=first)
             line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down}
             if fed.t % cfg.eval_every == 0 or fed.t == cfg.rounds:
                 line |= evaluated(fed, images, rows)
                 bar.set_postfix(loss=f"{line['train_loss']:.3f}", acc=f"{line['test_acc']:.3f}", MB=f"{(fed.up + fed.down) / 1e6:.1f}")
-            log.write(json.dumps(line) + "\n")
-            log.flush()
             bar.update()
-            if fed.t % cfg.checkpoint_every == 0 or fed.t == cfg.rounds or synthesised:
-                os.fsync(log.fileno())                  # the log reaches the disk before the checkpoint that counts on it
-                save(folder, fed, time.perf_counter() - started, log.tell())
-    result = measured(folder, fed, rows, time.perf_counter() - started)
-    lines = read_log(folder)
-    plot.curve(folder / "curve.png", {cfg.algo: [lines]}, cfg.algo)
+            if first:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                if fed.t % cfg.checkpoint_every == 0 or fed.t == cfg.rounds or synthesised:
+                    os.fsync(log.fileno())              # the log reaches the disk before the checkpoint that counts on it
+                    save(folder, fed, time.perf_counter() - started, log.tell())
+    return ranks.tell(ranks.served(lambda: conclude(folder, images, fed, rows, time.perf_counter() - started)))
+
+
+def finished(folder):
+    """The dict of result.json, if the run is done; None if not."""
+    if not (folder / "result.json").exists():
+        return None
+    try:
+        return json.loads((folder / "result.json").read_text())
+    except ValueError:
+        raise UserError(f"{folder}/result.json is damaged; delete it and resume to make it again") from None
+
+
+def reopen(folder, fed):
+    """Take the folder for this process and go back to its checkpoint -> (log.jsonl open at that place, seconds so far)."""
+    log = open(folder / "log.jsonl", "a+")
+    alone(log, folder)
+    fed.memory.file = folder / "memory.bin" if fed.cfg.memory_file else None
+    seconds, length = restore(folder, fed)
+    if log.seek(0, os.SEEK_END) < length:
+        raise UserError(f"{folder}/log.jsonl is shorter than its checkpoint says; the folder was changed from outside")
+    log.truncate(length)                                # what was logged after the checkpoint will be logged again
+    return log, seconds
+
+
+def conclude(folder, images, fed, rows, seconds):
+    """The result and the figures of a run that is done -> the dict of result.json."""
+    result = measured(folder, fed, rows, seconds)
+    plot.curve(folder / "curve.png", {fed.cfg.algo: [read_log(folder)]}, fed.cfg.algo)
     if getattr(fed.method, "synthetic", None) is not None:
         plot.synthetic(folder / "synthetic.png", fed.method.synthetic, images.train)
+    if fed.memory.file is not None:
+        fed.memory.file.unlink(missing_ok=True)         # the checkpoint holds what was in it
     write(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -240,7 +273,7 @@ def evaluated(fed, images, rows):
     sample = images.train._replace(x=images.train.x[rows], y=images.train.y[rows])
     out = {}
     for name, part in (("train", sample), ("val", images.val), ("test", images.test)):
-        out[f"{name}_loss"], out[f"{name}_acc"] = loop.evaluate(fed.task.apply, fed.w, part)
+        out[f"{name}_loss"], out[f"{name}_acc"] = loop.evaluate(fed.task.apply, fed.w, part, each=fed.pool.map)
     if not math.isfinite(out["train_loss"]):
         raise loop.Diverged(f"round {fed.t}, server: the training loss is {out['train_loss']}. Likely cause: lr = {fed.cfg.lr:g} is too large")
     return out
@@ -261,7 +294,7 @@ def measured(folder, fed, rows, seconds):
     return {"algo": cfg.algo, "seed": cfg.seed, "settings": cfg.hash(), "d": len(fed.w),
             "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
             "averaged": [x["round"] for x in lines],
-            "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows),
+            "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows, each=fed.pool.map),
             "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()},
             "mixed_at": mix, "measured_on": len(rows), "matching_loss": statistics.fmean(matching) if matching else None,
             "up": fed.up, "down": fed.down, "seconds": seconds,

@@ -233,7 +233,7 @@ class FedSynSAM(Distilling):
         return self.synthetic[:2]                       # images and label logits
 
     def unpack(self, tensors):
-        self.synthetic = synth.Synthetic(*tensors, self.synthetic.step)
+        self.synthetic = synth.Synthetic(*tensors, self.synthetic.step if self.synthetic else None)     # the server keeps the step size
 
     def receive(self, w, extra):
         self.uphill = self.g_syn(w) if self.synthetic and self.cfg.syn_gradient == "round" else None

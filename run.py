@@ -19,16 +19,21 @@ buffers that were really sent.  Read next: test_all.py.
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
+import os
 import pathlib
 import statistics
 import sys
+
+import torch
 
 import config
 import experiment
 import fl
 import loop
+import ranks
 from config import Config
 from tools import plot
 
@@ -72,23 +77,28 @@ def table(results):
     return "\n".join(out)
 
 
-def compare(folder, configs):
+def compare(folder, configs, made=None):
     """Do all runs of a comparison that are not done yet, one after the other; print and keep the table -> exit code.
+
+    made: what experiment.compose made of the first of them.
 
     A run that diverges is reported and does not stop the others.
     """
     results, failed = [], 0
-    for n, cfg in enumerate(configs):
-        child = folder / f"{cfg.algo}-s{cfg.seed}"
+
+    def begin(child, cfg):
         child.mkdir(exist_ok=True)
         if not (child / "config.json").exists():
             experiment.write(child / "config.json", experiment.described(cfg))
+    for n, cfg in enumerate(configs):
+        child = folder / f"{cfg.algo}-s{cfg.seed}"
+        ranks.served(lambda: begin(child, cfg))
         try:
-            results.append(experiment.execute(child, cfg, f"{n + 1}/{len(configs)} {child.name}"))
+            results.append(experiment.execute(child, cfg, f"{n + 1}/{len(configs)} {child.name}", made if n == 0 else None))
         except (loop.Diverged, FloatingPointError) as error:
-            print(f"run.py: {child}: {error}", file=sys.stderr)
+            complain(f"{child}: {error}")
             failed = 1
-    if results:
+    if results and ranks.rank() == 0:
         logs = {a: [experiment.read_log(folder / f"{r['algo']}-s{r['seed']}") for r in results if r["algo"] == a] for a in dict.fromkeys(r["algo"] for r in results)}
         plot.curve(folder / "curve.png", logs, folder.name)
         experiment.write(folder / "table.md", table(results) + "\n")
@@ -172,12 +182,15 @@ def configs_of(args):
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name != "algo" and hasattr(args, f.name)}
     base = Config(algo=algos[0], **fields).check()
     base = base.quick() if args.quick else base
-    base = dataclasses.replace(base, threads=experiment.threads_of(base), device=experiment.device_of(base).type)
+    if base.procs not in (0, ranks.size()):
+        raise experiment.UserError(f"procs = {base.procs}, but this is a group of {ranks.size()}; leave --procs out under torchrun, and elsewhere start "
+                                   f"`python run.py` itself")
+    base = dataclasses.replace(base, procs=ranks.size(), threads=experiment.threads_of(base), device=experiment.device_of(base).type)
     return [dataclasses.replace(base, algo=a, seed=base.seed + s).check() for a in dict.fromkeys(algos) for s in range(seeds)]
 
 
 def prepare(args):
-    """Everything that can be wrong with the input is found here, before any work -> (folder, its Configs, is it one run?).
+    """Everything that can be wrong with the input is found here, before any work -> (folder, its Configs, is it one run?, the first composed).
 
     Raises ValueError; for a new run it makes the folder, as the last thing.
     """
@@ -186,45 +199,82 @@ def prepare(args):
         if extra:
             raise experiment.UserError(f"--resume takes all settings from the folder; leave out --{extra[0].replace('_', '-')}")
         single, configs = experiment.read_settings(args.resume)
-        experiment.compose(configs[0])
-        return args.resume, configs, single
+        return args.resume, configs, single, experiment.compose(configs[0])
     configs = configs_of(args)
-    experiment.compose(configs[0])
-    if len(configs) == 1:
-        wanted = f"{configs[0].algo}-s{configs[0].seed}", "config.json", experiment.described(configs[0])
-    else:
-        wanted = "comparison", "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n"
-    return experiment.new_folder(args.out, args.name, *wanted), configs, len(configs) == 1
+    made = experiment.compose(configs[0])
+
+    def new_folder():
+        if len(configs) == 1:
+            wanted = f"{configs[0].algo}-s{configs[0].seed}", "config.json", experiment.described(configs[0])
+        else:
+            wanted = "comparison", "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n"
+        return experiment.new_folder(args.out, args.name, *wanted)
+    return ranks.tell(ranks.served(new_folder)), configs, len(configs) == 1, made
+
+
+def complain(text):
+    """One line for the user, from one process."""
+    if ranks.rank() == 0:
+        print(f"run.py: {text}", file=sys.stderr)
 
 
 def main(argv=None):
-    """The command: -> exit code 0, 1 or 2, or 130 after Ctrl-C.  Source: this file's card."""
+    """The command, in this process: -> exit code 0, 1 or 2, or 130 after Ctrl-C.  Source: this file's card."""
+    ranks.join()
     try:
         args = parser().parse_args(argv)
         if args.explain is not None:
             print(explain(args.explain))
             return 0
-        folder, configs, single = prepare(args)
+        folder, configs, single, made = prepare(args)
     except ValueError as error:
-        print(f"run.py: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except SystemExit as stop:                                    # argparse, after --help
         return stop.code or 0
     try:
         if not single:
-            return compare(folder, configs)
-        print(card(folder, experiment.execute(folder, configs[0])))
+            return compare(folder, configs, made)
+        result = experiment.execute(folder, configs[0], made=made)
+        if ranks.rank() == 0:
+            print(card(folder, result))
         return 0
     except experiment.UserError as error:                         # a checkpoint that cannot be used
-        print(f"run.py: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except (loop.Diverged, FloatingPointError) as error:
-        print(f"run.py: {error} (the log is kept in {folder})", file=sys.stderr)
+        complain(f"{error} (the log is kept in {folder})")
+        return 1
+    except ranks.Lost as error:                                   # said by every process that is left: the first may be the dead one
+        print(f"run.py: {error}; continue with: python run.py --resume {folder}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nrun.py: interrupted; continue with: python run.py --resume {folder}", file=sys.stderr)
+        complain(f"interrupted; continue with: python run.py --resume {folder}")
+        return 130
+    finally:
+        ranks.leave()
+
+
+def command(argv=None):
+    """`main`, in as many processes as the command line (or the folder it resumes) asks for: -> exit code.  Source: ranks.launch."""
+    try:
+        args = parser().parse_args(argv)
+        procs, device = getattr(args, "procs", 0), getattr(args, "device", "auto")
+        if args.resume is not None:
+            first = experiment.read_settings(args.resume)[1][0]
+            procs, device = first.procs, first.device
+    except (ValueError, SystemExit):
+        procs = 0                                                 # main will say what is wrong, or print the help
+    if procs < 2 or "WORLD_SIZE" in os.environ:
+        return main(argv)
+    try:
+        return ranks.launch(functools.partial(main, argv), procs, gpu=device != "cpu" and torch.cuda.is_available())
+    except ranks.Lost as error:
+        print(f"run.py: {error}; continue with --resume and the folder", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

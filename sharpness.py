@@ -67,17 +67,18 @@ def extreme(values):
     return float(values[values.abs().argmax()])
 
 
-def top_eigenvalue(apply, w, images, rows=None, chunk=500, steps=40, seed=0):
+def top_eigenvalue(apply, w, images, rows=None, chunk=250, steps=40, seed=0, each=map):
     """The Hessian eigenvalue of largest magnitude of the mean cross-entropy at w [d] over `images` (rows [n] of them).
 
-    The Hessian is summed over chunks of images, so memory does not grow with their number. -> float, with its sign.
+    The Hessian is summed over chunks of images, so memory does not grow with their number; each: `map`, or that of a thread
+    pool. -> float, with its sign.
     Source: PyHessian's measure, computed by Lanczos.
     """
     batches = list(images.chunks(chunk, rows))
     n = sum(len(b.y) for b in batches)
 
     def matvec(v):
-        return sum(hessian_vector(lambda u: F.cross_entropy(apply(u, b.x), b.y, reduction="sum") / n, w, v) for b in batches)
+        return sum(each(lambda b: hessian_vector(lambda u: F.cross_entropy(apply(u, b.x), b.y, reduction="sum") / n, w, v), batches))
     start = torch.randn(len(w), generator=torch.Generator().manual_seed(seed)).to(w)
     return extreme(lanczos(matvec, start, steps))
 
@@ -108,14 +109,14 @@ def alignment(fed, rows, mix=0.5):
     synthetic = getattr(method, "synthetic", None)
     method.receive(fed.w, method.broadcast(fed.w)[1:])
     plans = fed.plans(clients, fed.t)
-    sent, _ = fed.train(fed.w, clients, [p[:-1] for p in plans], fed.t)
 
-    def measure(c):
-        w = fed.w + sent[c, 0]
+    def measure(c, sent, _):
+        w = fed.w + sent[0]
         true, own = full_gradient(task.apply, w, task.train, rows), method.grad(w, plans[c][-1])
         cos = [sam.cosine(u, true) for u in (own, -fed.move)]
         if synthetic is None:
             return cos + [math.nan] * 2
         g = method.grad_of(lambda v: synth.synthetic_loss(task.apply, v, synthetic), w)
         return cos + [sam.cosine(u, true) for u in (g, sam.mix_directions(own, g, mix, fed.cfg.mix_units))]
-    return Alignment(*torch.tensor(list(fed.pool.map(measure, range(len(clients))))).mean(0).tolist())
+    cos = fed.each_client(fed.w, fed.recall(clients, fed.w), [p[:-1] for p in plans], fed.t, measure)
+    return Alignment(*torch.tensor(list(cos)).mean(0).tolist())
