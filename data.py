@@ -16,7 +16,9 @@ A batch is a tensor `rows` [B, 4] of integers (image number, shift down, shift r
 weight 0. All randomness is in these numbers, drawn beforehand (`draw_batches`), so that training itself is a pure function.
 Read next: models.py.
 """
+import bisect
 import gzip
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -186,10 +188,16 @@ def load(name, val=1000, device="cpu", root=DOWNLOADS, seed=0, dtype=torch.float
     held = balanced(y, val, np.random.default_rng(seed))
     kept = np.setdiff1d(np.arange(len(y)), held)
     pixels = [np.moveaxis(a.reshape(*a.shape[:3], -1), 3, 1) for a in (x[kept], x[held], x_test)]
-    flat = pixels[0].transpose(1, 0, 2, 3).reshape(pixels[0].shape[1], -1)
-    mean, std = (torch.tensor([f(c) for c in flat], dtype=dtype, device=device) for f in (np.mean, np.std))
+    mean, std = (torch.tensor(v, dtype=dtype, device=device) for v in zip(*map(mean_and_std, pixels[0].transpose(1, 0, 2, 3))))
     return Dataset(*(Images(torch.tensor(np.ascontiguousarray(a), device=device), torch.tensor(b, device=device),
                             mean, std.clamp_min(1e-6), names) for a, b in zip(pixels, (y[kept], y[held], y_test))))
+
+
+def mean_and_std(x):
+    """Mean and standard deviation of bytes x [n, H, W], from their histogram, so without a copy as float64.  Source: definition."""
+    count = sum(np.bincount(part.reshape(-1), minlength=256) for part in np.array_split(x, -(-len(x) // 1000)))
+    mean = (count @ np.arange(256)) / count.sum()
+    return mean, math.sqrt(count @ (np.arange(256) - mean)**2 / count.sum())
 
 
 def balanced(y, n, rng):
@@ -238,15 +246,17 @@ def dirichlet_per_client(pools, n_clients, alpha, rng):
     prior (no image is used twice; that all clients run into this equally often is why they take turns).
     Source: Hsu et al. 2019; drawing without replacement is this project's choice.
     """
-    left = np.array([len(p) for p in pools])
+    left = [len(p) for p in pools]
     prior = rng.dirichlet([alpha] * len(pools), n_clients) + 1e-12      # the constant keeps every class possible
-    parts = [[] for _ in range(n_clients)]
-    for _ in range(left.sum() // n_clients):
-        for i in rng.permutation(n_clients):
-            cut = np.cumsum(prior[i] * (left > 0))
-            c = min(int(np.searchsorted(cut, rng.random() * cut[-1], side="right")), np.flatnonzero(left)[-1])
+    cuts, last, parts = np.cumsum(prior, 1).tolist(), len(pools) - 1, [[] for _ in range(n_clients)]
+    for _ in range(sum(left) // n_clients):
+        for i, r in zip(rng.permutation(n_clients).tolist(), rng.random(n_clients).tolist()):
+            c = min(bisect.bisect_right(cuts[i], r * cuts[i][-1]), last)        # rounding may carry r times the sum up to the sum
             left[c] -= 1
             parts[i].append(pools[c][left[c]])
+            if left[c] == 0:                                            # nobody can draw this class any more
+                prior[:, c] = 0
+                cuts, last = np.cumsum(prior, 1).tolist(), max((k for k in range(len(left)) if left[k]), default=0)
     return [np.array(p) for p in parts]
 
 

@@ -109,7 +109,9 @@ class FedAvg:
         g = self.gradient(w, rows, me)
         if self.cfg.clip:
             g = g * (self.cfg.clip / g.norm().clamp_min(self.cfg.clip))
-        return w - lr * (g + self.cfg.weight_decay * w), me
+        if self.cfg.weight_decay:
+            g = g + self.cfg.weight_decay * w
+        return w - lr * g, me
 
     def finish(self, w, me, steps, lr):
         """After K steps: w [d] -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: ours."""

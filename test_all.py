@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import pathlib
 import pickle
 import re
@@ -34,6 +35,7 @@ import experiment
 import fl
 import loop
 import models
+import ranks
 import run
 import sam
 import sharpness
@@ -811,6 +813,44 @@ def test_fl_number_of_workers_changes_nothing(bundled):
     assert torch.equal(feds[0].w, feds[1].w)
 
 
+def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch):
+    whole, tried = vision("fedsam", bundled, chunk=4, begin=1), []
+    at_once = loop.Federation.at_once
+
+    def small_memory(self, w, memory, plans, lr):
+        tried.append(len(plans))
+        if len(plans) > 1:
+            raise torch.OutOfMemoryError("the GPU is full")
+        return at_once(self, w, memory, plans, lr)
+    monkeypatch.setattr(loop.Federation, "at_once", small_memory)
+    assert torch.allclose(vision("fedsam", bundled, chunk=4, begin=1).w, whole.w, rtol=1e-9, atol=1e-11) and tried == [4, 2, 1, 1, 1, 1]
+    monkeypatch.setattr(loop.Federation, "at_once", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("not even one")))
+    with pytest.raises(torch.OutOfMemoryError):
+        vision("fedsam", bundled, chunk=2, begin=1)
+
+
+def test_fl_memory_in_a_file_is_memory(tmp_path):
+    tables = [loop.Memory(2, torch.zeros(5, dtype=f64), file) for file in (None, tmp_path / "memory.bin")]
+    for k, clients in enumerate(([3, 8], [8, 1], [0, 3, 99], list(range(20)))):
+        for m in tables:
+            m.write(clients, k + torch.arange(10.0 * len(clients), dtype=f64).view(-1, 2, 5))
+    default = torch.full((2, 5), 7.0, dtype=f64)
+    assert torch.equal(*(m.read([99, 50, 1, 8, 19], default) for m in tables)) and (tables[0].read([50], default) == 7).all()
+    assert (tmp_path / "memory.bin").stat().st_size == len(tables[1].slot) * 2 * 5 * 8                 # clients never seen cost nothing
+    other = loop.Memory(2, torch.zeros(5, dtype=f64), tmp_path / "other.bin")
+    other.restore(tables[0].table, dict(tables[0].slot))
+    assert torch.equal(*(m.read([99, 1], default) for m in (other, tables[0])))
+
+
+def test_fl_evaluation_in_chunks_and_threads_is_the_whole(bundled):
+    fed = vision("fedavg", bundled, begin=1)
+    x, y, _ = next(fed.task.train.chunks(240))
+    scores = fed.task.apply(fed.w, x)
+    for each in (map, fed.pool.map):
+        loss, accuracy = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50, each=each)
+        assert loss == pytest.approx(float(F.cross_entropy(scores, y))) and accuracy == float((scores.argmax(1) == y).double().mean())
+
+
 def test_fl_average_by_size_weighs_clients():
     task = Quadratics(3, sizes=[1, 2, 5])
     fed = quad(task, "fedavg", rounds=0)
@@ -891,6 +931,131 @@ def test_fl_alignment_is_one_where_the_estimate_is_the_truth(bundled):
     a = sharpness.alignment(fed, rows)
     assert a.own == pytest.approx(1) and a.synthetic == pytest.approx(1) and a.mixed == pytest.approx(1) and -1 <= a.last_move < 1
     assert math.isnan(sharpness.alignment(vision("fedavg", bundled, begin=1), rows).synthetic)
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+def in_a_group(work, procs, *args, **kw):
+    """Call test_all.work(*args, **kw) on every rank of a new group, started from a fresh interpreter -> its exit code and messages."""
+    code = f"import sys, functools, ranks, test_all; sys.exit(ranks.launch(functools.partial(test_all.member_of_a_group, {work!r}, {args!r}, {kw!r}), {procs}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+def member_of_a_group(work, args, kw):
+    ranks.join()
+    torch.set_num_threads(1)
+    globals()[work](*args, **kw)
+    ranks.leave()
+
+
+def three_rounds_of_every_method(path, **kw):
+    """The state after three rounds of every method."""
+    bundled = data.load("bundled", val=1000, dtype=f64)
+    out = {}
+    for algo in fl.METHODS:
+        fed = vision(algo, bundled, compressor=TopK(500, f64), begin=3, **kw)
+        table = fed.memory.table[[fed.memory.slot[i] for i in sorted(fed.memory.slot)]]
+        loss = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
+        own = (fed.w, fed.up, fed.down, fed.move)
+        for theirs in ranks.gathered(lambda: own):
+            assert torch.equal(theirs[0], own[0]) and theirs[1:3] == own[1:3] and torch.equal(theirs[3], own[3])           # all ranks agree
+        out[algo] = [fed.w, table, torch.tensor([*loss, fed.up, fed.down], dtype=f64)]
+    if ranks.rank() == 0:
+        torch.save(out, path)
+
+
+@pytest.mark.parametrize("procs, kw", [(2, {"error_feedback": True, "participation": 5}),
+                                       (3, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2, "average": "size"})])
+def test_ranks_give_the_numbers_of_one_process(procs, kw, tmp_path):
+    three_rounds_of_every_method(tmp_path / "1", **kw)
+    alone = torch.load(tmp_path / "1")
+    assert in_a_group("three_rounds_of_every_method", procs, str(tmp_path / "P"), **kw) == (0, "")
+    together = torch.load(tmp_path / "P")
+    assert together.keys() == alone.keys()
+    for name in alone:
+        for a, b in zip(alone[name], together[name]):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), name
+
+
+def words_of_a_group():
+    first = ranks.rank() == 0
+    assert ranks.tell({"a": torch.ones(2)} if first else None)["a"].tolist() == [1, 1]
+    assert ranks.served(lambda: "done") == ("done" if first else None)
+    assert ranks.gathered(lambda: 10 * ranks.rank()) == [0, 10, 20]
+    assert ranks.from_server(torch.full((3,), float(ranks.rank()))).tolist() == [0, 0, 0]
+    assert ranks.total(torch.full((2,), 1.0 + ranks.rank())).tolist() == [6, 6]
+    assert ranks.local_size() == 3 and ranks.local_rank() == ranks.rank()
+    deals = ranks.gathered(lambda: ranks.share([5, 1, 1, 4, 3]))
+    assert sorted(sum(deals, [])) == [0, 1, 2, 3, 4] and deals == [[0], [2, 3], [1, 4]]             # loads 5, 5, 4
+    assert ranks.gathered(lambda: ranks.share([1] * 7)) == [[0, 3, 6], [1, 4], [2, 5]]
+    for word, guilty in ((ranks.served, 0), (ranks.gathered, 2)):
+        def fail():
+            if ranks.rank() == guilty:
+                raise loop.Diverged("number 7")
+        with pytest.raises(loop.Diverged, match="number 7"):
+            word(fail)
+
+
+def test_ranks_words_mean_what_they_say():
+    assert in_a_group("words_of_a_group", 3) == (0, "")
+    assert ranks.tell(5) == 5 and ranks.served(lambda: 6) == 6 and ranks.gathered(lambda: 7) == [7] and ranks.share([1, 2]) == [0, 1]
+
+
+def one_dies():
+    ranks.gathered(lambda: None)
+    if ranks.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        ranks.total(torch.zeros(3))
+    except ranks.Lost as error:
+        print(f"seen by {ranks.rank()}: {error}", file=sys.stderr, flush=True)
+
+
+def test_ranks_a_dead_process_is_an_error_and_not_a_hang():
+    start = time.time()
+    code, err = in_a_group("one_dies", 2)
+    assert code == 1 and "process 1 of 2 was killed (SIGKILL)" in err and time.time() - start < 60
+
+
+def ends(folder):
+    """What a run left: weights, client memory, and its log without the digits that the order of a sum may change."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=False)
+    return [state["w"], state["table"][[state["slot"][i] for i in sorted(state["slot"])]]], [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_end(a, b):
+    return (all(torch.allclose(x, y, rtol=1e-5, atol=1e-7) for x, y in zip(ends(a)[0], ends(b)[0])) and len(ends(a)[1]) == len(ends(b)[1])
+            and all(x[k] == pytest.approx(y[k], rel=1e-4) for x, y in zip(ends(a)[1], ends(b)[1]) for k in x))
+
+
+def test_ranks_a_run_of_two_processes_is_the_run_of_one_and_survives_a_kill(tmp_path, capsys):
+    words = [*SMALL, "--rounds", "80", "--compress", "topk", "--error-feedback", "--local-steps", "10", "--checkpoint-every", "2", "--out", tmp_path]
+    assert main(capsys, *words, "--name", "one")[0] == 0
+    go = lambda *w: subprocess.Popen([sys.executable, "run.py", *map(str, w)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)   # noqa: E731
+    two = go(*words, "--name", "two", "--procs", "2")
+    out, err = two.communicate(timeout=120)
+    assert two.returncode == 0 and out.count("top eigenvalue") == 1, err
+    assert same_end(tmp_path / "one", tmp_path / "two")
+    cut = go(*words, "--name", "cut", "--procs", "2")
+    log, deadline = tmp_path / "cut" / "log.jsonl", time.time() + 100
+    while not (log.exists() and len(log.read_text().splitlines()) > 2) and time.time() < deadline:
+        time.sleep(0.01)
+    children = [int(c) for c in pathlib.Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()]
+    victim = [c for c in children if "resource_tracker" not in pathlib.Path(f"/proc/{c}/cmdline").read_text()][-1]
+    os.kill(victim, signal.SIGKILL)
+    out, err = cut.communicate(timeout=60)
+    assert cut.returncode == 1 and out == "" and "--resume" in err and "Traceback" not in err, err
+    again = go("--resume", tmp_path / "cut")
+    assert again.communicate(timeout=120) and again.returncode == 0
+    assert same_end(tmp_path / "one", tmp_path / "cut")
+
+
+def test_ranks_wrong_input_and_divergence_are_said_once(tmp_path, capsys):
+    for words, code, hint in ((["--rho", "-1"], 2, "rho = -1.0 is out of range"), (["--lr", "1e30", "--clip", "0"], 1, "lr = 1e+30")):
+        done = subprocess.run([sys.executable, "run.py", *SMALL, "--algo", "fedavg", "--out", str(tmp_path), "--procs", "2", *words], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == code and hint in done.stderr and done.stderr.count("run.py:") == 1 and "Traceback" not in done.stderr
+    code, _, err = main(capsys, *SMALL, "--procs", "2", "--out", tmp_path)
+    assert code == 2 and "procs = 2" in err                                          # in-process: nobody started the second one
 
 
 # --------------------------------------------------------------------------------------------------------- sharpness
@@ -1112,7 +1277,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["compress", "sam", "synth", "sharpness", "ranks", "data", "models", "fl", "loop", "config", "experiment", "run"]
+    order = ["compress", "sam", "synth", "sharpness", "data", "models", "fl", "ranks", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
