@@ -27,7 +27,7 @@ def workload(algo, small):
     """The settings of W1 (fedavg) or W2 (fedsam)."""
     from config import Config
     data = {"dataset": "bundled"} if small else {"dataset": "fashionmnist"}
-    return Config(algo=algo, **data, partition="dirichlet-class", alpha=0.1, width=16, hidden=128, participation=10, local_steps=20, batch=32,
+    return Config(algo=algo, **data, partition="dirichlet-class", alpha=0.1, width=16, hidden=128, participation=10, local_steps=2 if small else 20, batch=32,
                   lr=0.05, clip=0.0, rho=0.05, compress="identity").check()
 
 
@@ -131,10 +131,11 @@ def race(algo, rounds, small):
     os.environ["MASTER_PORT"] = "29617"
     field[f"ours, {cores} processes"] = Competitor(ours, cores, algo, small)
     seconds = {name: [] for name in field}
-    for n in range(rounds + 2):                         # two rounds to warm up
+    warm = 1 if small else 2
+    for n in range(rounds + warm):
         for name, competitor in field.items():
             s = competitor.round()
-            if n >= 2:
+            if n >= warm:
                 seconds[name].append(s)
     w = {name: competitor.ask(False) for name, competitor in field.items()}
     reference = w["bare, 1 process"]
@@ -170,7 +171,7 @@ def phases(algo, small, **settings):
                     running[-1][1] = now
         setattr(owner, name, outer)
         return lambda: setattr(owner, name, inner)
-    cfg = dataclasses.replace(config.Config(algo=algo, threads=1, device="cpu", **settings), rounds=4 if small else 20, outer_steps=5 if small else 100)
+    cfg = dataclasses.replace(config.Config(algo=algo, threads=1, device="cpu", **settings), **({"rounds": 2, "measure_images": 100} if small else {"rounds": 60}))
     undo = [timed(loop, "local_training", "local steps"), timed(loop.Federation, "uplink", "compression and packing"),
             timed(loop.Federation, "through_wire", "compression and packing"), timed(synth, "distill_as_set", "synthesis"),
             timed(experiment, "evaluated", "evaluation"), timed(experiment, "save", "checkpoints"), timed(experiment, "conclude", "eigenvalue, alignment, figures"),
@@ -236,7 +237,7 @@ def main():
     args = p.parse_args()
     import experiment
     report = {"machine": experiment.machine()}
-    for name, algo in (("W1", "fedavg"), ("W2", "fedsam")):
+    for name, algo in (("W1", "fedavg"), ("W2", "fedsam"))[:1 if args.small else 2]:
         seconds, apart = race(algo, args.rounds, args.small)
         report[name] = {"seconds": seconds, "weights_apart": apart}
         print(f"\n{name}, seconds a round: median (least to most)")
@@ -245,16 +246,15 @@ def main():
         for floor in [n for n in seconds if n.startswith("bare")]:
             for who in [n for n in seconds if n.startswith("ours")]:
                 print(f"  {who} / {floor}: {middle([a / b for a, b in zip(seconds[who], seconds[floor])])}")
-    for name, algo, settings in (("W1 with 2-bit uplink", "fedavg", {**workload("fedavg", args.small).__dict__, "algo": "fedavg", "compress": "qsgd", "threads": 1, "device": "cpu"}),
-                                 ("default fedsynsam", "fedsynsam", {})):
-        settings = {k: v for k, v in settings.items() if k not in ("algo", "threads", "device", "rounds", "outer_steps")}
+    w1 = {k: v for k, v in vars(workload("fedavg", args.small)).items() if k not in ("algo", "threads", "device", "rounds", "outer_steps", "compress")}
+    for name, algo, settings in (("W1 with a 2-bit uplink", "fedavg", w1), ("the default run", "fedsynsam", {}))[:1 if args.small else 2]:
         report[f"phases of {name}"] = spent = phases(algo, args.small, **settings)
         print(f"\nphases of {name}, one thread, % of {sum(spent.values()):.1f} s")
         for phase, s in sorted(spent.items(), key=lambda item: -item[1]):
             print(f"  {phase:32} {100 * s / sum(spent.values()):5.1f} %")
     print("\nstart and memory: seconds until the first round, peak MiB (shared pages once)")
-    for words in (["--algo", "fedavg", "--rounds", "2"], ["--algo", "fedsynsam", "--quick"], ["--algo", "fedsynsam", "--quick", "--procs", "2"],
-                  *([] if args.small else [["--algo", "fedsam", "--dataset", "fashionmnist", "--width", "16", "--hidden", "128", "--batch", "32", "--rounds", "3"]])):
+    big = ["--algo", "fedsam", "--dataset", "fashionmnist", "--width", "16", "--hidden", "128", "--batch", "32", "--rounds", "3"]
+    for words in (["--algo", "fedavg", "--rounds", "2"], ["--algo", "fedsynsam", "--quick"], ["--algo", "fedsynsam", "--quick", "--procs", "2"], big)[:1 if args.small else 4]:
         begun, peak, _ = zip(*(command(words) for _ in range(1 if args.small else 3)))
         report["run.py " + " ".join(words)] = {"start": begun, "peak": peak}
         print(f"  {' '.join(words)}: {middle(begun)} s, {max(peak) / 2**20:.0f} MiB")
