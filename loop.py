@@ -192,7 +192,7 @@ class Federation:
             up, own = 0, [clients[c] for c in mine]
             replies = self.each_client(w, memory[mine], self.plans(own, t), t, lambda n, *trained: self.uplink(own[n], t, memory[mine[n]], *trained))
             for c, (x_hat, rows, bytes_up) in zip(mine, replies):
-                mean.add_(float(size[c] / size.sum()) * x_hat)
+                mean.add_(x_hat, alpha=float(size[c] / size.sum()))
                 kept[c] = rows
                 up += bytes_up
             return up
@@ -221,6 +221,7 @@ class Federation:
                 if self.chunk == 1:
                     raise
                 self.chunk //= 2
+                torch.cuda.empty_cache()
                 continue
             yield from self.pool.map(then, range(done, done + len(sent)), sent, kept)
             done += len(sent)
