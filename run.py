@@ -4,6 +4,7 @@
     python run.py --algo fedsynsam                      one run: bundled images, 100 clients, quantized uplink
     python run.py --algo fedavg fedsynsam --seeds 3     a comparison: one table with mean and standard deviation
     python run.py --resume runs/NAME                    continue a run that was cut off, to bit-identical weights (CPU)
+    python run.py --procs 4 ...                         four processes share every round (ranks.py); torchrun does it too
     python run.py --explain fedsynsam                   what a method changes against its parent, from the source itself
     python run.py --quick ...                           the same job at a tenth of the size
 

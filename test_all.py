@@ -1314,6 +1314,18 @@ def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
     assert code == 0 and len(out) > 100, err
 
 
+@pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("pip") and not c.startswith("python run.py")])
+def test_readme_tools_and_torchrun_work(command, tmp_path):
+    """The other commands of the README, in their small form."""
+    words = command.split()
+    if words[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:], *SMALL, "--out", str(tmp_path)]
+    else:
+        words = [sys.executable, *words[1:], "--small", "--out", str(tmp_path / "new.json" if "bench" in command else tmp_path)]
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and len(done.stdout) > 100 and any(tmp_path.iterdir()), done.stderr
+
+
 def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):
     """The README shows one whole round without this project; fl.py must give the same weights."""
     monkeypatch.chdir(HERE)
