@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import bits
 import compress
 import config
 import data
@@ -56,18 +57,19 @@ def through(compressor, x, seed=0):
     return compressor.decode(compressor.encode(x, seeded(seed)), len(x)).to(x.dtype)
 
 
+# -------------------------------------------------------------------------------------------------------------- bits
+@pytest.mark.parametrize("b", range(33))
+def test_bits_packing_has_no_gaps_and_no_loss(b):
+    for n in (0, 1, 7, 8, 9, 100):
+        v = torch.randint(0, 2**b, (n,), generator=seeded(n))
+        packed = bits.pack(v, b)
+        assert len(packed) == (n * b + 7) // 8 and torch.equal(bits.unpack(packed, n, b), v)
+    assert bits.pack(torch.tensor([1, 2, 3]), 2).tolist() == [0b111001]         # the docstring's example
+
+
 # ---------------------------------------------------------------------------------------------------------- compress
 ALL = [Identity(), TopK(7), RandK(7), RandK(7, scaled=False), QSGD(1), QSGD(7), QSGD(4, "max"), QSGD(7, "max", 16), QSGD(100, "l2", 16),
        Sign(), Natural()]
-
-
-@pytest.mark.parametrize("bits", range(33))
-def test_compress_packing_has_no_gaps_and_no_loss(bits):
-    for n in (0, 1, 7, 8, 9, 100):
-        v = torch.randint(0, 2**bits, (n,), generator=seeded(n))
-        packed = compress.pack(v, bits)
-        assert len(packed) == (n * bits + 7) // 8 and torch.equal(compress.unpack(packed, n, bits), v)
-    assert compress.pack(torch.tensor([1, 2, 3]), 2).tolist() == [0b111001]         # the docstring's example
 
 
 @pytest.mark.parametrize("c", ALL, ids=str)
@@ -190,22 +192,22 @@ def test_compress_forged_buffers_never_do_worse_than_value_error(c):
     for seed in range(300):                                                          # what is left is to check the content
         body = torch.randint(0, 256, (n,), generator=seeded(seed), dtype=torch.uint8)
         try:
-            assert c.decode(compress.seal(body), 40).isfinite().all()
+            assert c.decode(bits.seal(body), 40).isfinite().all()
         except ValueError:
             pass
 
 
 def test_compress_forged_content_is_refused():
     d, one = 40, torch.ones(7)
-    places = compress.pack(torch.tensor([0, 1, 2, 3, 4, 5, 45]), 6)                  # 45 is outside
-    twice = compress.pack(torch.tensor([0, 1, 2, 3, 4, 5, 5]), 6)
-    for c, body in ((TopK(7), [compress.to_bytes(one), places]), (TopK(7), [compress.to_bytes(one), twice]),
-                    (TopK(7), [compress.to_bytes(one / 0), compress.pack(torch.arange(7), 6)]),
-                    (QSGD(4), [compress.to_bytes(one[:1]), compress.pack(torch.full((d,), 5), 4)]),         # level 5 > s = 4
-                    (QSGD(4), [compress.to_bytes(-one[:1]), compress.pack(torch.full((d,), 1), 4)]),        # negative norm
-                    (Natural(), [torch.full((d,), 255, dtype=torch.uint8), compress.pack(torch.zeros(d).int(), 1)])):
+    places = bits.pack(torch.tensor([0, 1, 2, 3, 4, 5, 45]), 6)                  # 45 is outside
+    twice = bits.pack(torch.tensor([0, 1, 2, 3, 4, 5, 5]), 6)
+    for c, body in ((TopK(7), [bits.to_bytes(one), places]), (TopK(7), [bits.to_bytes(one), twice]),
+                    (TopK(7), [bits.to_bytes(one / 0), bits.pack(torch.arange(7), 6)]),
+                    (QSGD(4), [bits.to_bytes(one[:1]), bits.pack(torch.full((d,), 5), 4)]),         # level 5 > s = 4
+                    (QSGD(4), [bits.to_bytes(-one[:1]), bits.pack(torch.full((d,), 1), 4)]),        # negative norm
+                    (Natural(), [torch.full((d,), 255, dtype=torch.uint8), bits.pack(torch.zeros(d).int(), 1)])):
         with pytest.raises(ValueError):
-            c.decode(compress.seal(*body), d)
+            c.decode(bits.seal(*body), d)
 
 
 def test_compress_k_outside_1_to_d_is_refused():
@@ -1087,7 +1089,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -1111,7 +1113,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
