@@ -67,6 +67,101 @@ def test_bits_packing_has_no_gaps_and_no_loss(b):
     assert bits.pack(torch.tensor([1, 2, 3]), 2).tolist() == [0b111001]         # the docstring's example
 
 
+def gamma_word(v):
+    """Elias's code word as he writes it: as many zeros as binary digits follow the leading 1, then the number."""
+    return "0" * (v.bit_length() - 1) + f"{v:b}"
+
+
+def omega_word(v):
+    word = "0"
+    while v > 1:
+        word, v = f"{v:b}" + word, v.bit_length() - 1
+    return word
+
+
+def slow_rice(v):
+    return 5 + min(sum(r + 1 + (x >> r) for x in v) for r in range(32))
+
+
+def slow_subset(mask):
+    members = [i for i, m in enumerate(mask) if m == (2 * sum(mask) <= len(mask))]
+    return 1 + len(gamma_word(len(members) + 1)) + slow_rice([b - a - 1 for a, b in zip([-1, *members], [*members, len(mask)])])
+
+
+def slow_length(k, code):
+    """Bits of the integers k in an entropy code, from its definition, word by word."""
+    size = [abs(v) for v in k]
+    where, large = [j for j, v in enumerate(size) if v], [v for v in size if v]
+    if code == "elias":
+        dense = sum(len(gamma_word(v + 1)) for v in size)
+        sparse = sum(len(gamma_word(v)) for v in [len(where) + 1, *[b - a for a, b in zip([-1, *where], [*where, len(k)])], *large])
+        return 1 + min(dense, sparse) + len(where)
+    total = len(where)
+    for _ in range(3):
+        total, size = total + slow_subset([v > 0 for v in size]), [v - 1 for v in size if v > 0]
+    return total + slow_rice(size)
+
+
+def test_bits_gamma_words_are_elias_words_side_by_side():
+    v = torch.tensor([1, 2, 5])
+    assert "".join(map(str, bits.gamma(v).int().tolist())) == "011010100"          # the docstring's example
+    for v in (torch.arange(1, 70), torch.tensor([1, 2**33 - 1, 2**32, 7]), torch.ones(5).long(), torch.ones(0).long()):
+        coded = bits.gamma(v)
+        assert len(coded) == sum(len(gamma_word(x)) for x in v.tolist())
+        reader = bits.Reader(bits.pack(coded, 1))
+        assert torch.equal(bits.read_gamma(reader, len(v)), v) and reader.at == len(coded)
+    lengths = [(len(gamma_word(v)), len(omega_word(v))) for v in range(1, 128)]
+    assert all(g <= o for g, o in lengths) and len(gamma_word(128)) > len(omega_word(128))      # why gamma stands in for omega
+    assert [o for _, o in lengths[:16]] == [1, 3, 3, 6, 6, 6, 6] + [7] * 8 + [11]               # known lengths of omega
+
+
+def test_bits_rice_takes_the_best_number_of_low_digits():
+    for scale in (0, 1, 30, 5000, 2**31):
+        v = (torch.rand(50, generator=seeded(scale), dtype=f64).log() * -scale).long()
+        coded = bits.rice(v)
+        reader = bits.Reader(bits.pack(coded, 1))
+        assert len(coded) == slow_rice(v.tolist()) and torch.equal(bits.read_rice(reader, 50), v) and reader.at == len(coded)
+
+
+@pytest.mark.parametrize("code", bits.CODES)
+def test_bits_integers_come_back_and_take_what_their_words_take(code):
+    some = [torch.zeros(30), torch.ones(30), -torch.ones(1), torch.zeros(1), torch.eye(30)[29] * 10**9, torch.eye(30)[0], torch.arange(-15, 15)]
+    some += [(randn(d, seed=d) * scale).round() for d in (2, 7, 64, 300) for scale in (0.2, 1, 4, 100)]
+    for k in some:
+        b = bits.write_integers(k.long(), code)
+        assert len(b) == math.ceil(slow_length(k.long().tolist(), code) / 8)
+        assert torch.equal(bits.read_integers(b, len(k), code), k.long())
+        for d in (len(k) - 1, len(k) + 1, 10 * len(k)):
+            if code == "runs" or b[0] & 1 == 0:                                      # what holds runs belongs to one d; elias's dense form
+                with pytest.raises(ValueError):                                      # and fixed lengths may have room for one zero more
+                    bits.read_integers(b, d, code)
+
+
+def test_bits_subset_is_close_to_its_entropy():
+    n = 50_000
+    for share in (0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.38, 0.5, 0.7, 0.99, 1):
+        mask = torch.rand(n, generator=seeded(), dtype=f64) < share
+        p = float(mask.double().mean())
+        entropy = n * -sum(x * math.log2(x) for x in (p, 1 - p) if x)
+        assert entropy - 1 <= len(bits.subset(mask)) <= min(1.05 * entropy, n) + 8 + 2 * math.log2(n), share
+
+
+@pytest.mark.parametrize("code", bits.CODES)
+def test_bits_forged_integers_neither_hang_nor_fill_the_memory(code):
+    """Lengths and counts that a forged buffer claims: a number of thousands of digits, 2^33 non-zeros, runs beyond d."""
+    word = lambda v: bits.gamma(torch.tensor([v]))                                                          # noqa: E731
+    zero, one = torch.zeros(1).bool(), torch.ones(1).bool()
+    many, none = torch.ones(10**5).bool(), torch.zeros(10**5).bool()
+    forged = [torch.ones(10**6).bool(), torch.zeros(10**6).bool(), torch.cat([zero, word(2**33 - 1)]), torch.cat([one, word(2**33 - 1)]),
+              torch.cat([zero, word(2**33 - 1), many]), torch.cat([zero, word(3), many[:5], none, one] * 2),
+              torch.cat([zero, word(3), word(2**33 - 1), word(2**33 - 1), word(5), one]), zero[:0]]
+    start = time.perf_counter()
+    for b in forged:
+        with pytest.raises(ValueError, match="damaged"):
+            bits.read_integers(bits.pack(b, 1), 40, code)
+    assert time.perf_counter() - start < 1
+
+
 # ---------------------------------------------------------------------------------------------------------- compress
 ALL = [Identity(), TopK(7), RandK(7), RandK(7, scaled=False), QSGD(1), QSGD(7), QSGD(4, "max"), QSGD(7, "max", 16), QSGD(100, "l2", 16),
        Sign(), Natural()]
