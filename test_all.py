@@ -117,7 +117,7 @@ def test_bits_gamma_words_are_elias_words_side_by_side():
 
 
 def test_bits_rice_takes_the_best_number_of_low_digits():
-    for scale in (0, 1, 30, 5000, 2**31):
+    for scale in (0, 1, 30, 5000, 2**31, 2**38):
         v = (torch.rand(50, generator=seeded(scale), dtype=f64).log() * -scale).long()
         coded = bits.rice(v)
         reader = bits.Reader(bits.pack(coded, 1))
@@ -389,7 +389,8 @@ def test_compress_damaged_buffers_raise_value_error(c):
     x = randn(40).float()
     good, rng = c.encode(x, seeded()), np.random.default_rng(0)
     assert c.decode(good, 40).shape == (40,)
-    bad = [good[:-1], good[:3], good[:0], torch.cat([good, good[:1]]), good.float(), good[None], None, b"bytes"]
+    bad = [good[:-1], good[:3], good[:0], torch.cat([good, good[:1]]), good.float(), good[None], None, b"bytes",
+           bits.seal(good[:-5]), bits.seal(torch.cat([good[:-4], good[:1] * 0]))]                 # a byte too few or too many, well sealed
     for place in rng.integers(0, len(good), 40):
         flipped = good.clone()
         flipped[place] ^= 1 << int(rng.integers(8))
@@ -1392,6 +1393,17 @@ def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "raw")
     code, out, err = main(capsys, *words)
     assert code == 0 and len(out) > 100, err
+
+
+def test_readme_table_of_bits_against_error_is_what_its_command_prints():
+    assert "python -m tools.tradeoff" in readme_commands()
+    out = subprocess.run([sys.executable, "-m", "tools.tradeoff"], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    rows = lambda text: {name: values for name, values in re.findall(r"^\| (`.*?`) \|([^|`]*\|[^|`]*\|[^|`]*\|[^|`]*\|[^|`]*)\|$", text, re.M)}     # noqa: E731
+    printed, shown = rows(out), rows((HERE / "README.md").read_text().split("## Bits against error")[1])
+    assert len(printed) == len(tradeoff.SETTINGS) + 1 and list(printed) == list(shown)
+    for name in list(printed)[1:]:                                                   # [0] is the headline
+        numbers = [[float(v) for v in table[name].split("|")] for table in (printed, shown)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.1, abs=0.02), name      # another machine trains another update
 
 
 def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):

@@ -1,6 +1,6 @@
 """Bits against error: every compressor on the same vectors, beside the least error that any code can have.
 
-    python -m tools.tradeoff            the table of the README, a few seconds
+    python -m tools.tradeoff            the table of the README, a quarter of a minute
 
 A code that spends b bits on the mean leaves of a vector x of d independent Gaussian numbers at least E||x_hat - x||^2 >=
 4^(-b/d) E||x||^2 (Shannon's rate-distortion function). The same inequality for the worst x of a ball is the uncertainty
@@ -11,32 +11,21 @@ import math
 
 import torch
 
-import compress
 import config
 import experiment
+import run
+
+SETTINGS = ("identity", "natural", "sign", "topk --k 0.05", "randk --k 0.05 --no-scaled",
+            "qsgd --levels 1", "qsgd --levels 1 --code elias", "qsgd --levels 1 --code runs", "qsgd --levels 7", "qsgd --levels 7 --code elias",
+            "qsgd --levels 7 --code runs", "qsgd --levels {root} --scale l2 --bucket 0 --code elias",
+            "dithering --nu 0.9", "dithering --nu 0.5", "dithering --nu 0.1",
+            "dithering --nu 0.9 --no-randomized", "dithering --nu 0.5 --no-randomized", "dithering --nu 0.1 --no-randomized")
 
 
 def compressors(d):
-    """Every compressor at one or more settings, for vectors [d] -> {name as on the command line: compressor}."""
-    k, root = round(0.05 * d), round(d ** 0.5)
-    return {
-        "identity": compress.Identity(),
-        "natural": compress.Natural(),
-        "sign": compress.Sign(),
-        "topk, k 5 %": compress.TopK(k),
-        "randk, k 5 %, no-scaled": compress.RandK(k, scaled=False),
-        "qsgd, levels 1, max, bucket 512": compress.QSGD(1, "max", 512),
-        "the same, code elias": compress.QSGD(1, "max", 512, code="elias"),
-        "the same, code runs": compress.QSGD(1, "max", 512, code="runs"),
-        "qsgd, levels 7, max, bucket 512": compress.QSGD(7, "max", 512),
-        "the same, code runs ": compress.QSGD(7, "max", 512, code="runs"),
-        "qsgd, levels sqrt(d), l2, code elias": compress.QSGD(root, code="elias"),
-        "dithering, nu 0.9": compress.SparseDithering(0.9),
-        "dithering, nu 0.5": compress.SparseDithering(0.5),
-        "dithering, nu 0.1": compress.SparseDithering(0.1),
-        "dithering, nu 0.9, no-randomized": compress.SparseDithering(0.9, False),
-        "dithering, nu 0.5, no-randomized": compress.SparseDithering(0.5, False),
-        "dithering, nu 0.1, no-randomized": compress.SparseDithering(0.1, False)}
+    """What `python run.py --compress ...` would use for vectors [d], at each of SETTINGS -> {settings: compressor}."""
+    names = [s.format(root=round(d ** 0.5)) for s in SETTINGS]
+    return {name: config.compressor(run.configs_of(run.parser().parse_args(["--compress", *name.split()]))[0], d) for name in names}
 
 
 def vectors(d, seed=0):
@@ -77,10 +66,11 @@ def update(rounds=5):
 def table(x):
     """Bits and errors of all compressors on three Gaussian vectors as long as x [d], and on x -> text, as the README has it."""
     gaussian = torch.stack([vectors(len(x), seed)["gaussian"] for seed in range(3)])
-    out = ["| compressor | bits a coordinate | relative error | bits above the bound | real update: bits | relative error |", "| --- " * 6 + "|"]
+    out = ["| `--compress` | Gaussian: bits a coordinate | relative error | bits above the bound | update: bits a coordinate | relative error |",
+           "| --- " * 6 + "|"]
     for name, c in compressors(len(x)).items():
         (bits, error), (bits_x, error_x) = measure(c, gaussian), measure(c, x[None])
-        out.append(f"| {name.strip()} | {bits:.2f} | {error:.2g} | {above_bound(bits, error):.2f} | {bits_x:.2f} | {error_x:.2g} |")
+        out.append(f"| `{name}` | {bits:.2f} | {error:.2g} | {above_bound(bits, error):.2f} | {bits_x:.2f} | {error_x:.2g} |")
     return "\n".join(out)
 
 
