@@ -12,7 +12,7 @@ and two codes of a whole vector of signed integers k [d] are made of them, `elia
 a bool tensor until it is packed. No loop runs over numbers or bits, only over binary digits, of which a number has few.
 
 A buffer is a uint8 tensor that ends with a CRC-32. What is damaged or forged raises ValueError; it is never a number that is
-not finite, a long wait or an allocation beyond the buffer's own size and d.
+not finite, a long wait or an allocation beyond a fixed multiple of the buffer's own size and d.
 
 Sources: gamma, Elias 1975; rice, Golomb 1966 and Rice 1979; QSGD, Alistarh et al. 2017; the rest ours.  Read next: compress.py.
 """
@@ -91,6 +91,16 @@ def unseal(buffer, length, exact=True):
 
 
 # ------------------------------------------------------------------------------------------------ variable length
+def spread(v, r):
+    """The r lowest binary digits of v [n], lowest first -> bits [n r].  Source: definition."""
+    return (v[:, None] >> torch.arange(r, device=v.device) & 1).bool().view(-1)
+
+
+def gather(b, n, r):
+    """The inverse of `spread`: bits [n r] -> int64 [n].  Source: definition."""
+    return (b.view(n, r).long() << torch.arange(r, device=b.device)).sum(1)
+
+
 class Reader:
     """The bits of a byte tensor [n], taken from front to back; ValueError when more are wanted than there are.
 
@@ -159,8 +169,8 @@ def rice(v):
     v [n] int64 -> bits [5 + n (r + 1) + sum floor(v / 2^r)].  The r in 0..31 that makes this shortest goes first, in 5 bits.
     Source: Golomb 1966; Rice 1979.
     """
-    r = 0                                                        # what one digit more saves in zeros shrinks with r: the first
-    while r < 31 and len(v) + int((v >> r + 1).sum()) < int((v >> r).sum()):       # r from which on it does not pay is the best
+    r = 0                                     # one digit more for each saves zeros, fewer and fewer: the first loss ends the search
+    while r < 31 and len(v) + int((v >> r + 1).sum()) < int((v >> r).sum()):
         r += 1
     ends = ((v >> r) + 1).cumsum(0)
     unary = v.new_zeros(int(ends[-1]) if len(v) else 0, dtype=torch.bool)
@@ -175,17 +185,36 @@ def read_rice(reader, n):
     return high << r | gather(reader.take(n * r), n, r)
 
 
-def spread(v, r):
-    """The r lowest binary digits of v [n], lowest first -> bits [n r].  Source: definition."""
-    return (v[:, None] >> torch.arange(r, device=v.device) & 1).bool().view(-1)
+def subset(mask):
+    """A set of places, bool [n]: the gaps between its members, or between the others where these are fewer -> bits.
+
+    Within 5 % of the entropy n H(share) of a random set, plus a header of 8 + 2 log2(n) bits; never above n + header, because
+    rice with r = 0 is the mask itself.  Source: Golomb 1966.
+    """
+    flip = 2 * int(mask.sum()) > len(mask)
+    where = (mask ^ flip).nonzero().view(-1)
+    gaps = torch.diff(where, prepend=where.new_tensor([-1]), append=where.new_tensor([len(mask)])) - 1
+    return torch.cat([spread(where.new_tensor([flip]), 1), gamma(where.new_tensor([len(where) + 1])), rice(gaps)])
 
 
-def gather(b, n, r):
-    """The inverse of `spread`: bits [n r] -> int64 [n].  Source: definition."""
-    return (b.view(n, r).long() << torch.arange(r, device=b.device)).sum(1)
+def read_subset(reader, n):
+    """The inverse of `subset` -> bool [n].  Source: Golomb 1966."""
+    flip, count = reader.take(1), int(read_gamma(reader, 1)) - 1
+    gaps = read_rice(reader, count + 1)
+    if int(gaps.sum()) + count != n:                         # no sum can overflow: it is below 2^32 times the bits read
+        raise ValueError(f"damaged buffer: its runs do not fill {n} places")
+    mask = torch.zeros(n, dtype=torch.bool, device=gaps.device)
+    mask[(gaps[:-1] + 1).cumsum(0) - 1] = True
+    return mask ^ flip
 
 
 # ------------------------------------------------------------------------------------------- vectors of signed integers
+def read_signs(reader, k):
+    """k [d] with a minus wherever the next bits, one for each non-zero, say so -> [d].  Source: definition."""
+    negative = reader.take(int((k != 0).sum()))
+    return torch.where(torch.zeros_like(k, dtype=torch.bool).masked_scatter_(k != 0, negative), -k, k)
+
+
 def elias(k):
     """QSGD's code of k [d] int64: the shorter of its two forms -> bits.
 
@@ -242,35 +271,6 @@ def read_runs(reader, d):
     for layer in reversed(layers):
         k = torch.zeros_like(layer, dtype=torch.long).masked_scatter_(layer, k + 1)
     return read_signs(reader, k)
-
-
-def subset(mask):
-    """A set of places, bool [n]: the gaps between its members, or between the others where these are fewer -> bits.
-
-    Within 5 % of the entropy n H(share) of a random set, plus a header of 8 + 2 log2(n) bits; never above n + header, because
-    rice with r = 0 is the mask itself.  Source: Golomb 1966.
-    """
-    flip = 2 * int(mask.sum()) > len(mask)
-    where = (mask ^ flip).nonzero().view(-1)
-    gaps = torch.diff(where, prepend=where.new_tensor([-1]), append=where.new_tensor([len(mask)])) - 1
-    return torch.cat([spread(where.new_tensor([flip]), 1), gamma(where.new_tensor([len(where) + 1])), rice(gaps)])
-
-
-def read_subset(reader, n):
-    """The inverse of `subset` -> bool [n].  Source: Golomb 1966."""
-    flip, count = reader.take(1), int(read_gamma(reader, 1)) - 1
-    gaps = read_rice(reader, count + 1)
-    if int(gaps.sum()) + count != n:                         # no sum can overflow: it is below 2^32 times the bits read
-        raise ValueError(f"damaged buffer: its runs do not fill {n} places")
-    mask = torch.zeros(n, dtype=torch.bool, device=gaps.device)
-    mask[(gaps[:-1] + 1).cumsum(0) - 1] = True
-    return mask ^ flip
-
-
-def read_signs(reader, k):
-    """k [d] with a minus wherever the next bits, one for each non-zero, say so -> [d].  Source: definition."""
-    negative = reader.take(int((k != 0).sum()))
-    return torch.where(torch.zeros_like(k, dtype=torch.bool).masked_scatter_(k != 0, negative), -k, k)
 
 
 CODES = {"elias": (elias, read_elias), "runs": (runs, read_runs)}

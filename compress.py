@@ -188,8 +188,8 @@ class SparseDithering:
     E||x_hat - x||^2 <= nu ||x||^2, since p (1 - p) (2h)^2 <= h^2; this is QSGD's grid with s = sqrt(d / nu) / 2.
     The multiples are small whatever x is: sum_j |x_j| <= sqrt(d) ||x||, so on the mean they are at most 1 / (2 sqrt(nu)), and
     `bits.runs` takes d (2 + 1 / (2 sqrt(nu))) bits at most (in expectation; d / 2 more to the nearest), usually far fewer.
-    Source: Albasyoni et al. 2020, of which only the abstract was at hand: grid, step and bounds are rebuilt and proved by
-    these lines; the multiplier and the code (runs for the support, where they count subsets) may differ in detail from theirs.
+    Source: Albasyoni et al. 2020, of which only the abstract was at hand: grid and step are rebuilt, the bounds proved by these
+    lines; the multiplier and the code may differ in detail from theirs.
     """
     nu: float = 0.5
     randomized: bool = True
