@@ -9,90 +9,28 @@ The server sees buffers only, and the cost of a message is `len(buffer)`; nothin
     topk       the k largest |x_j|, the rest 0                  biased    <= (1 - k/d) ||x||^2          k (32 + ceil(log2 d))
     randk      k random coordinates (scaled by d/k or not)      x / -     (d/k - 1) or (1 - k/d) ||x||^2  32 k + 64
     qsgd       |x_j| rounded at random to a grid of s levels    x         <= min(q/s^2, sqrt(q)/s) ||x||^2  d (1 + ceil(log2(s+1))) + 32 per bucket
+      elias    the same                                         x         the same                      <= n (3 + 2 log2(d/n) + log2 l^2) + 32 a bucket
+    dithering  |x_j| rounded to multiples of 2 sqrt(nu/d) ||x||   x / -   <= nu ||x||^2                 <= d (2.5 + 1/(2 sqrt(nu))) + 32
     sign       (||x||_1 / d) sign(x)                            biased    ||x||^2 - ||x||_1^2 / d       d + 32
     natural    |x_j| rounded at random to a power of two        x         <= ||x||^2 / 8                9 d
 
-d is the length of x, q the bucket length of qsgd (d if there is one bucket; the bound is for the l2 scale).
+d is the length of x, q the bucket length of qsgd (d if there is one bucket; the bound is for the l2 scale), n the number of
+coordinates whose level is not 0 and l^2 the mean square of these levels. elias and dithering are entropy codes: what is sent is
+mostly far less than the bound, which holds for every x (of dithering at random on the mean) up to headers of some 100 bits.
+The README shows measured bits and errors; `python -m tools.tradeoff` makes that table.
 Unbiased with E err^2 <= omega ||x||^2 is the class U(omega); E err^2 <= (1 - delta) ||x||^2 is the class B(delta).
 The table is tested line by line (test_all.py, section compress).
 
 Sources: QSGD, Alistarh et al. 2017; top-k and error feedback, Stich et al. 2018, Karimireddy et al. 2019; natural
-compression, Horvath et al. 2019; the class names, Beznosikov et al. 2020. Ours: the 4-byte checksum that ends every
-buffer, so that a damaged message is an error and never a wrong update. Read next: sam.py.
+compression, Horvath et al. 2019; sparse dithering, Albasyoni et al. 2020; the class names, Beznosikov et al. 2020. How integers
+become bits, and the 4-byte checksum that ends every buffer, so that a damaged message is an error and never a wrong update, is
+in bits.py. Read next: sam.py.
 """
-import zlib
 from dataclasses import dataclass
 
 import torch
 
-
-# ---------------------------------------------------------------------------------------------- bits and bytes
-def pack(v, bits):
-    """Write n integers 0 <= v < 2^bits one after the other, without gaps.
-
-    v [n] integer tensor, bits in 0..32 -> uint8 [ceil(n bits / 8)].  Eight values of b <= 8 bits are exactly b bytes:
-    they are summed into one 64-bit word, of which b bytes are kept. Longer values are cut into 8-bit planes.
-    Example: pack([1, 2, 3], 2) is the one byte 0b111001.  Source: ours.
-    """
-    if bits == 0:
-        return v.new_zeros(0, dtype=torch.uint8)
-    if bits > 8:
-        return torch.cat([pack(v & 255, 8), pack(v >> 8, bits - 8)])
-    if bits == 8:
-        return v.to(torch.uint8)
-    n = len(v)
-    words = torch.nn.functional.pad(v.long(), (0, -n % 8)).view(-1, 8)
-    words = (words << (bits * torch.arange(8, device=v.device))).sum(1)
-    return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[:(n * bits + 7) // 8]
-
-
-def unpack(b, n, bits):
-    """The inverse of `pack`: uint8 [ceil(n bits / 8)] -> int64 [n].  Source: ours."""
-    if bits == 0:
-        return b.new_zeros(n, dtype=torch.long)
-    if bits > 8:
-        return unpack(b[:n], n, 8) | unpack(b[n:], n, bits - 8) << 8
-    if bits == 8:
-        return b.long()
-    groups = torch.nn.functional.pad(b, (0, -len(b) % bits)).view(-1, bits)
-    words = torch.nn.functional.pad(groups, (0, 8 - bits)).contiguous().view(torch.long)
-    return (words >> (bits * torch.arange(8, device=b.device)) & (1 << bits) - 1).reshape(-1)[:n]
-
-
-def to_bytes(x):
-    """The memory of a tensor of any shape [...] and type as bytes: -> uint8 [numel * itemsize].  Source: ours."""
-    return x.reshape(-1).contiguous().view(torch.uint8)
-
-
-def from_bytes(b, dtype):
-    """The inverse of `to_bytes`: uint8 [n * itemsize] -> [n]; ValueError if a number is not finite.  Source: ours."""
-    x = b.clone().view(dtype)                          # the clone aligns the memory
-    if x.dtype.is_floating_point and not x.isfinite().all():
-        raise ValueError("damaged buffer: it holds a number that is not finite")
-    return x
-
-
-def seal(*parts):
-    """Join byte tensors [n_1], [n_2], ... and close them with a CRC-32: -> uint8 [sum n_i + 4].  Source: ours."""
-    body = torch.cat(parts)
-    crc = zlib.crc32(body.cpu().numpy())
-    return torch.cat([body, torch.tensor(list(crc.to_bytes(4, "little")), dtype=torch.uint8, device=body.device)])
-
-
-def unseal(buffer, length=None):
-    """Check a sealed buffer [n + 4] and return its body [n].
-
-    Raises ValueError if it is no byte tensor, is not `length` + 4 long (when length is given), or fails its checksum.
-    Source: ours.
-    """
-    if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8 or buffer.dim() != 1:
-        raise ValueError("a buffer is a one-dimensional uint8 tensor")
-    if len(buffer) < 4 or length is not None and len(buffer) != length + 4:
-        raise ValueError(f"buffer of {len(buffer)} bytes, expected {'at least 4' if length is None else length + 4}")
-    body, crc = buffer[:-4], buffer[-4:]
-    if zlib.crc32(body.contiguous().cpu().numpy()) != int.from_bytes(bytes(crc.tolist()), "little"):
-        raise ValueError("damaged buffer: the checksum does not match")
-    return body
+from bits import from_bytes, pack, read_integers, seal, to_bytes, unpack, unseal, write_integers
 
 
 # ------------------------------------------------------------------------------------------------ the compressors
@@ -184,13 +122,16 @@ class QSGD:
     encode: x [d] -> buffer; decode: buffer -> [d].  scale = "l2" (||x||_2, as in the paper) or "max" (max |x_j|: a
     finer grid, since the largest entry is at most the norm); `bucket` = q > 0 gives every q coordinates a scale of
     their own.  Unbiased; E||x_hat - x||^2 = (scale/s)^2 sum_j p_j (1 - p_j), p_j the fractional part of s |x_j|/scale.
-    The sign takes one bit beside the level: "b-bit quantization" with the sign inside b is s = 2^(b-1) - 1.
-    Source: Alistarh et al. 2017, section 3.1; the fixed-length code is ours (their Elias code is entropy coding).
+    code = "fixed" gives every level the same number of bits and one to the sign, so "b-bit quantization" with the sign inside b
+    is s = 2^(b-1) - 1. code = "elias" is the paper's entropy code: few bits for the zeros, which are many when s << sqrt(d).
+    code = "runs" is ours (bits.py), usually shorter. x_hat is the same for all three.
+    Source: Alistarh et al. 2017, section 3.1; the fixed-length code is ours.
     """
     levels: int = 7
     scale: str = "l2"
     bucket: int = 0
     dtype: torch.dtype = torch.float32
+    code: str = "fixed"
     unbiased = True
 
     def rows(self, d):
@@ -208,24 +149,73 @@ class QSGD:
         size = size.clamp_max(0.99 * torch.finfo(self.dtype).max).to(self.dtype)
         u = x.abs() * (s / size.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(torch.finfo(x.dtype).max)[:, None]
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        level = (u + noise).floor_().clamp_(max=s).view(-1)[:d]      # l + 1 with probability u - l; clamp: rounding only
-        sign = (x.view(-1)[:d] < 0).to(torch.int32) << s.bit_length()
-        return seal(to_bytes(size), pack(level.to(torch.int32) + sign, 1 + s.bit_length()))
+        level = (u + noise).floor_().clamp_(max=s).view(-1)[:d].to(torch.int32)      # l + 1 with probability u - l; clamp: rounding only
+        negative = x.view(-1)[:d] < 0
+        if self.code == "fixed":
+            body = pack(level + (negative.to(torch.int32) << s.bit_length()), 1 + s.bit_length())
+        else:
+            body = write_integers(torch.where(negative, -level, level).long(), self.code)
+        return seal(to_bytes(size), body)
 
     def decode(self, buffer, d):
         s, bits = self.levels, self.levels.bit_length()
         n, q = self.rows(d)
-        head = n * self.dtype.itemsize
-        body = unseal(buffer, head + (d * (1 + bits) + 7) // 8)
-        size, code = from_bytes(body[:head], self.dtype), unpack(body[head:], d, 1 + bits)
-        level = code & (1 << bits) - 1
-        if (size < 0).any() or (level > s).any():
+        head, fixed = n * self.dtype.itemsize, self.code == "fixed"
+        body = unseal(buffer, head + ((d * (1 + bits) + 7) // 8 if fixed else 0), exact=fixed)
+        size, code = from_bytes(body[:head], self.dtype), body[head:]
+        if fixed:
+            code = unpack(code, d, 1 + bits)
+            level = code & (1 << bits) - 1
+            level = torch.where(code >> bits > 0, -level, level)
+        else:
+            level = read_integers(code, d, self.code)
+        if (size < 0).any() or (level.abs() > s).any():
             raise ValueError(f"damaged buffer: a scale below 0 or a level above s = {s}")
-        x = torch.where(code >> bits > 0, -level, level).to(self.dtype)
+        x = level.to(self.dtype)
         x = (torch.nn.functional.pad(x, (0, n * q - d)).view(n, q) * (size / s)[:, None]).view(-1)[:d]
         if not x.isfinite().all():
             raise ValueError("damaged buffer: a level times its scale is not finite")
         return x
+
+
+@dataclass(frozen=True)
+class SparseDithering:
+    """A grid as fine as a wanted error needs: |x_j| becomes a multiple of the step 2h ||x||_2, h = sqrt(nu / d).
+
+    encode: x [d] -> buffer; decode: buffer -> [d].  To the nearest multiple (not randomized), no |x_j| moves by more than
+    h ||x||, so ||x_hat - x||^2 <= nu ||x||^2, and what is below h ||x|| vanishes: sparse. Not the step is sent then but the
+    multiplier of least squares, <|x|, k> / <k, k>, which is never worse. At random, to the multiple above or below: unbiased,
+    E||x_hat - x||^2 <= nu ||x||^2, since p (1 - p) (2h)^2 <= h^2; this is QSGD's grid with s = sqrt(d / nu) / 2.
+    The multiples are small whatever x is: sum_j |x_j| <= sqrt(d) ||x||, so on the mean they are at most 1 / (2 sqrt(nu)), and
+    `bits.runs` takes d (2 + 1 / (2 sqrt(nu))) bits at most (in expectation; d / 2 more to the nearest), usually far fewer.
+    Source: Albasyoni et al. 2020, of which only the abstract was at hand: grid and step are rebuilt, the bounds proved by these
+    lines; the multiplier and the code may differ in detail from theirs.
+    """
+    nu: float = 0.5
+    randomized: bool = True
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def unbiased(self):
+        return self.randomized
+
+    def encode(self, x, generator=None):
+        largest = 0.99 * torch.finfo(self.dtype).max
+        step = 2 * (self.nu / len(x)) ** 0.5 * torch.linalg.vector_norm(x, dtype=torch.float64)
+        step = step.clamp_max(largest).to(self.dtype)                                # rounded first, as in QSGD
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) if self.randomized else 0.5
+        k = (x.abs() * (1 / step.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)) + noise).floor_()
+        if not self.randomized:
+            step = ((x.abs().double() @ k.double()) / k.double().square().sum().clamp_min(1)).clamp_max(largest).to(self.dtype)
+        return seal(to_bytes(step), write_integers(torch.where(x < 0, -k, k).long(), "runs"))
+
+    def decode(self, buffer, d):
+        body = unseal(buffer, self.dtype.itemsize, exact=False)
+        step = from_bytes(body[:self.dtype.itemsize], self.dtype)
+        if step < 0:
+            raise ValueError("damaged buffer: a step below 0")
+        largest = torch.finfo(self.dtype).max                                        # a multiple next to it must not become infinite
+        return (read_integers(body[self.dtype.itemsize:], d, "runs").to(self.dtype) * step).clamp_(-largest, largest)
 
 
 @dataclass(frozen=True)
@@ -296,4 +286,4 @@ def with_feedback(compressor, x, e, generator=None):
     return buffer, p - compressor.decode(buffer, len(p)).to(p.dtype)
 
 
-COMPRESSORS = {"identity": Identity, "topk": TopK, "randk": RandK, "qsgd": QSGD, "sign": Sign, "natural": Natural}
+COMPRESSORS = {"identity": Identity, "topk": TopK, "randk": RandK, "qsgd": QSGD, "dithering": SparseDithering, "sign": Sign, "natural": Natural}

@@ -14,6 +14,7 @@ import json
 import math
 from dataclasses import dataclass, field
 
+import bits
 import compress
 import data
 import fl
@@ -59,8 +60,11 @@ class Config:
     compress: str = option("qsgd", "compressor of the uplink (compress.py)", *compress.COMPRESSORS)
     k: float = option(0.05, "topk, randk: coordinates kept; below 1 a fraction of d, else a count")
     levels: int = option(1, "qsgd: levels s; with the sign, 1 + ceil(log2(s+1)) bits a coordinate")
+    code: str = option("fixed", "qsgd: how levels become bits (bits.py); all but fixed are entropy codes", "fixed", *bits.CODES)
     scale: str = option("max", "qsgd: scale of a bucket", "l2", "max")
     bucket: int = option(512, "qsgd: coordinates that share a scale; 0 is all")
+    nu: float = option(0.5, "dithering: largest relative error ||x_hat - x||^2 / ||x||^2, on the mean if randomized [ours]")
+    randomized: bool = option(True, "dithering: round up or down at random (unbiased), or to the nearest grid point (about half the error)")
     scaled: bool = option(True, "randk: multiply by d/k (unbiased), or not (random masking)")
     error_feedback: bool = option(False, "clients add what compression left out to their next update")
     # sharpness-aware perturbation
@@ -112,7 +116,7 @@ class Config:
                 ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
                 ("hidden", 1, 8192), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
                 ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
-                ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("rho", 0, None), ("warmup", 1, None),
+                ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
@@ -125,6 +129,8 @@ class Config:
             raise ValueError(f"warmup = {self.warmup} leaves {self.algo} no round of {self.rounds} after its synthesis; it must be below rounds")
         if self.error_feedback and self.compress == "randk" and self.scaled:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
+        if self.compress == "dithering" and self.nu >= 1 and (self.error_feedback or not self.randomized):
+            raise ValueError(f"nu = {self.nu:g} promises nothing to error_feedback or without randomized; it must be below 1")
         for name in ("alpha", "lr", "server_lr", "k", "syn_step"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
@@ -163,4 +169,6 @@ def compressor(cfg, d):
         return known(int(k))
     if known is compress.RandK:
         return known(int(k), cfg.scaled)
-    return known(cfg.levels, cfg.scale, cfg.bucket) if known is compress.QSGD else known()
+    if known is compress.SparseDithering:
+        return known(cfg.nu, cfg.randomized)
+    return known(cfg.levels, cfg.scale, cfg.bucket, code=cfg.code) if known is compress.QSGD else known()

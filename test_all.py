@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import bits
 import compress
 import config
 import data
@@ -40,7 +41,8 @@ import run
 import sam
 import sharpness
 import synth
-from compress import QSGD, Identity, Natural, RandK, Sign, TopK
+from compress import QSGD, Identity, Natural, RandK, Sign, SparseDithering, TopK
+from tools import tradeoff
 
 HERE = pathlib.Path(__file__).parent
 f64 = torch.float64
@@ -58,18 +60,122 @@ def through(compressor, x, seed=0):
     return compressor.decode(compressor.encode(x, seeded(seed)), len(x)).to(x.dtype)
 
 
+# -------------------------------------------------------------------------------------------------------------- bits
+@pytest.mark.parametrize("b", range(33))
+def test_bits_packing_has_no_gaps_and_no_loss(b):
+    for n in (0, 1, 7, 8, 9, 100):
+        v = torch.randint(0, 2**b, (n,), generator=seeded(n))
+        packed = bits.pack(v, b)
+        assert len(packed) == (n * b + 7) // 8 and torch.equal(bits.unpack(packed, n, b), v)
+    assert bits.pack(torch.tensor([1, 2, 3]), 2).tolist() == [0b111001]         # the docstring's example
+
+
+def gamma_word(v):
+    """Elias's code word as he writes it: as many zeros as binary digits follow the leading 1, then the number."""
+    return "0" * (v.bit_length() - 1) + f"{v:b}"
+
+
+def omega_word(v):
+    word = "0"
+    while v > 1:
+        word, v = f"{v:b}" + word, v.bit_length() - 1
+    return word
+
+
+def slow_rice(v):
+    return 5 + min(sum(r + 1 + (x >> r) for x in v) for r in range(32))
+
+
+def slow_subset(mask):
+    members = [i for i, m in enumerate(mask) if m == (2 * sum(mask) <= len(mask))]
+    return 1 + len(gamma_word(len(members) + 1)) + slow_rice([b - a - 1 for a, b in zip([-1, *members], [*members, len(mask)])])
+
+
+def slow_length(k, code):
+    """Bits of the integers k in an entropy code, from its definition, word by word."""
+    size = [abs(v) for v in k]
+    where, large = [j for j, v in enumerate(size) if v], [v for v in size if v]
+    if code == "elias":
+        dense = sum(len(gamma_word(v + 1)) for v in size)
+        sparse = sum(len(gamma_word(v)) for v in [len(where) + 1, *[b - a for a, b in zip([-1, *where], [*where, len(k)])], *large])
+        return 1 + min(dense, sparse) + len(where)
+    total = len(where)
+    for _ in range(3):
+        total, size = total + slow_subset([v > 0 for v in size]), [v - 1 for v in size if v > 0]
+    return total + slow_rice(size)
+
+
+def test_bits_gamma_words_are_elias_words_side_by_side():
+    v = torch.tensor([1, 2, 5])
+    assert "".join(map(str, bits.gamma(v).int().tolist())) == "011010100"          # the docstring's example
+    for v in (torch.arange(1, 70), torch.tensor([1, 2**33 - 1, 2**32, 7]), torch.ones(5).long(), torch.ones(0).long()):
+        coded = bits.gamma(v)
+        assert len(coded) == sum(len(gamma_word(x)) for x in v.tolist())
+        reader = bits.Reader(bits.pack(coded, 1))
+        assert torch.equal(bits.read_gamma(reader, len(v)), v) and reader.at == len(coded)
+    lengths = [(len(gamma_word(v)), len(omega_word(v))) for v in range(1, 128)]
+    assert all(g <= o for g, o in lengths) and len(gamma_word(128)) > len(omega_word(128))      # why gamma stands in for omega
+    assert [o for _, o in lengths[:16]] == [1, 3, 3, 6, 6, 6, 6] + [7] * 8 + [11]               # known lengths of omega
+
+
+def test_bits_rice_takes_the_best_number_of_low_digits():
+    for scale in (0, 1, 30, 5000, 2**31, 2**38):
+        v = (torch.rand(50, generator=seeded(scale), dtype=f64).log() * -scale).long()
+        coded = bits.rice(v)
+        reader = bits.Reader(bits.pack(coded, 1))
+        assert len(coded) == slow_rice(v.tolist()) and torch.equal(bits.read_rice(reader, 50), v) and reader.at == len(coded)
+
+
+@pytest.mark.parametrize("code", bits.CODES)
+def test_bits_integers_come_back_and_take_what_their_words_take(code):
+    some = [torch.zeros(30), torch.ones(30), -torch.ones(1), torch.zeros(1), torch.eye(30)[29] * 10**9, torch.eye(30)[0], torch.arange(-15, 15)]
+    some += [(randn(d, seed=d) * scale).round() for d in (2, 7, 64, 300) for scale in (0.2, 1, 4, 100)]
+    for k in some:
+        b = bits.write_integers(k.long(), code)
+        assert len(b) == math.ceil(slow_length(k.long().tolist(), code) / 8)
+        assert torch.equal(bits.read_integers(b, len(k), code), k.long())
+        for d in (len(k) - 1, len(k) + 1, 10 * len(k)):
+            if code == "runs" or b[0] & 1 == 0:                                      # what holds runs belongs to one d; elias's dense form
+                with pytest.raises(ValueError):                                      # and fixed lengths may have room for one zero more
+                    bits.read_integers(b, d, code)
+
+
+def test_bits_subset_is_close_to_its_entropy():
+    n = 50_000
+    for share in (0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.38, 0.5, 0.7, 0.99, 1):
+        mask = torch.rand(n, generator=seeded(), dtype=f64) < share
+        p = float(mask.double().mean())
+        entropy = n * -sum(x * math.log2(x) for x in (p, 1 - p) if x)
+        assert entropy - 1 <= len(bits.subset(mask)) <= min(1.05 * entropy, n) + 8 + 2 * math.log2(n), share
+
+
+@pytest.mark.parametrize("code", bits.CODES)
+def test_bits_forged_integers_neither_hang_nor_fill_the_memory(code):
+    """Lengths and counts that a forged buffer claims: a number of thousands of digits, 2^33 non-zeros, runs beyond d."""
+    word = lambda v: bits.gamma(torch.tensor([v]))                                                          # noqa: E731
+    zero, one = torch.zeros(1).bool(), torch.ones(1).bool()
+    many, none = torch.ones(10**5).bool(), torch.zeros(10**5).bool()
+    forged = [torch.ones(10**6).bool(), torch.zeros(10**6).bool(), torch.cat([zero, word(2**33 - 1)]), torch.cat([one, word(2**33 - 1)]),
+              torch.cat([zero, word(2**33 - 1), many]), torch.cat([zero, word(3), many[:5], none, one] * 2),
+              torch.cat([zero, word(3), word(2**33 - 1), word(2**33 - 1), word(5), one]), zero[:0]]
+    start = time.perf_counter()
+    for b in forged:
+        with pytest.raises(ValueError, match="damaged"):
+            bits.read_integers(bits.pack(b, 1), 40, code)
+    assert time.perf_counter() - start < 1
+
+
 # ---------------------------------------------------------------------------------------------------------- compress
 ALL = [Identity(), TopK(7), RandK(7), RandK(7, scaled=False), QSGD(1), QSGD(7), QSGD(4, "max"), QSGD(7, "max", 16), QSGD(100, "l2", 16),
-       Sign(), Natural()]
+       Sign(), Natural(), QSGD(1, code="elias"), QSGD(100, "l2", 16, code="elias"), QSGD(7, "max", 16, code="runs"), SparseDithering(0.5),
+       SparseDithering(0.01), SparseDithering(0.5, False), SparseDithering(0.05, False)]
 
 
-@pytest.mark.parametrize("bits", range(33))
-def test_compress_packing_has_no_gaps_and_no_loss(bits):
-    for n in (0, 1, 7, 8, 9, 100):
-        v = torch.randint(0, 2**bits, (n,), generator=seeded(n))
-        packed = compress.pack(v, bits)
-        assert len(packed) == (n * bits + 7) // 8 and torch.equal(compress.unpack(packed, n, bits), v)
-    assert compress.pack(torch.tensor([1, 2, 3]), 2).tolist() == [0b111001]         # the docstring's example
+def levels_of(c, buffer, d):
+    """The integers k [d] in a buffer of QSGD or SparseDithering, from what it decodes to: one step is what it starts with."""
+    n, q = c.rows(d) if isinstance(c, QSGD) else (1, d)
+    step = bits.from_bytes(buffer[:n * c.dtype.itemsize], c.dtype) / (c.levels if isinstance(c, QSGD) else 1)
+    return (c.decode(buffer, d) / step.repeat_interleave(q)[:d]).round().long()
 
 
 @pytest.mark.parametrize("c", ALL, ids=str)
@@ -80,6 +186,10 @@ def test_compress_length_is_the_formula_of_the_table(c):
             buckets = math.ceil(d / min(c.bucket or d, d))
             formula[QSGD] = 32 * buckets + d * (1 + math.ceil(math.log2(c.levels + 1)))
         buffer = c.encode(randn(d).float(), seeded())
+        if isinstance(c, SparseDithering):
+            formula[type(c)] = 32 + slow_length(levels_of(c, buffer, d).tolist(), "runs")
+        elif isinstance(c, QSGD) and c.code != "fixed":
+            formula[QSGD] = 32 * buckets + slow_length(levels_of(c, buffer, d).tolist(), c.code)
         assert buffer.dtype == torch.uint8 and buffer.shape == (math.ceil(formula[type(c)] / 8) + 4,)
         assert c.decode(buffer, d).shape == (d,)
 
@@ -117,9 +227,10 @@ def monte_carlo(c, x, n=2000):
 
 def test_compress_unbiased_ones_are_unbiased():
     x = randn(24)
-    for c in (RandK(6, True, f64), QSGD(1, "l2", 0, f64), QSGD(3, "max", 0, f64), QSGD(3, "l2", 8, f64), Natural()):
-        assert c.unbiased
-        mean, se, _, _ = monte_carlo(c, x)
+    for c in (RandK(6, True, f64), QSGD(1, "l2", 0, f64), QSGD(3, "max", 0, f64), QSGD(3, "l2", 8, f64), Natural(),
+              SparseDithering(0.5, True, f64), SparseDithering(3, True, f64)):
+        assert c.unbiased and not SparseDithering(0.5, False).unbiased
+        mean, se, _, _ = monte_carlo(c, x, 500 if isinstance(c, SparseDithering) else 2000)
         assert ((mean - x).abs() <= 5 * se + 1e-6).all(), c                           # 1e-6: natural works in float32
 
 
@@ -153,6 +264,112 @@ def test_compress_qsgd_puts_values_on_its_grid():
     assert ((level - 5 * x / x.abs().max()).abs() <= 1 + 1e-12).all()                # one of the two neighbours
 
 
+def test_compress_qsgd_decodes_to_the_same_from_every_code():
+    x = randn(300).float()
+    for c in (QSGD(1), QSGD(7, "max", 64), QSGD(300)):
+        for code in bits.CODES:
+            assert torch.equal(through(dataclasses.replace(c, code=code), x), through(c, x))
+
+
+def shapes(d):
+    """Vectors [d] on which a bound can fail: Gaussian, heavy tails, sparse, constant magnitude, one coordinate."""
+    return {**tradeoff.vectors(d), "one": torch.arange(d, dtype=f64).eq(d // 2).to(f64)}
+
+
+def test_compress_elias_keeps_to_the_bounds_on_its_bits():
+    d, head = 1600, 64 + 32 + 8                                                      # the scale in float64, checksum, padding
+    for name, x in shapes(d).items():
+        for s in (1, 4, 40, 200):
+            c, g, sizes, counts = QSGD(s, "l2", 0, f64, "elias"), seeded(), [], []
+            for _ in range(20):
+                buffer = c.encode(x, g)
+                k = levels_of(c, buffer, d).double()
+                n = int((k != 0).sum())
+                runs = 2 * math.log2(n + 1) + 1 + (n + 1) * (1 + 2 * math.log2((d + 1) / (n + 1)))       # for every x: log is concave
+                assert 8 * len(buffer) <= head + 1 + runs + n * (2 + math.log2(max(1, k.square().sum() / max(n, 1))))
+                sizes, counts = [*sizes, 8 * len(buffer)], [*counts, n]
+            if s * s <= d:                                                           # Lemma 3.1 and Theorem 3.2: for every x, on the mean
+                most = s * (s + d ** 0.5)
+                assert np.mean(counts) <= most + 4 * np.std(counts) / 20 ** 0.5, (name, s)
+                assert np.mean(sizes) <= (3 + 1.5 * math.log2(2 * (s * s + d) / most)) * most + head + 32, (name, s)
+    gaussian = QSGD(40, code="elias").encode(shapes(d)["gaussian"], seeded())        # Corollary 3.3: 2.8 d + 32 at s = sqrt(d),
+    assert 2.6 * d < 8 * len(gaussian) <= 2.8 * d + 32 + 32                          # where the o(1) of the omega code is left out:
+    constant = QSGD(40, code="elias").encode(shapes(d)["constant"], seeded())        # a distance of 1, a sign and a level of 1 take 3 bits
+    assert 8 * len(constant) == pytest.approx(3 * d, rel=0.03)
+
+
+@pytest.mark.parametrize("nu", [0.01, 0.1, 0.5, 0.9])
+def test_compress_dithering_keeps_to_its_error_and_bits(nu):
+    d = 2000
+    for name, x in shapes(d).items():
+        norm2, step = float(x.square().sum()), 2 * (nu / d) ** 0.5 * float(x.norm())
+        c = SparseDithering(nu, False, f64)
+        buffer = c.encode(x)
+        x_hat, k = c.decode(buffer, d), levels_of(c, buffer, d)
+        assert ((x / step).abs() - k.abs()).abs().max() <= 0.5 + 1e-9                                # the nearest multiple,
+        error, plain = float((x_hat - x).square().sum()), float((step * k - x).square().sum())
+        assert error <= plain + 1e-12 * norm2 and plain <= nu * norm2 * (1 + 1e-12)                  # least squares is never worse
+        assert abs(float((x - x_hat) @ x_hat)) < 1e-9 * norm2, name                                   # and leaves nothing to gain
+        assert 8 * len(buffer) <= d * (2.5 + 0.5 / nu ** 0.5) + 64 + 32 + 8 + 4 * (8 + 2 * math.log2(d))
+        c, g = SparseDithering(nu, True, f64), seeded()
+        buffers = [c.encode(x, g) for _ in range(20)]
+        p = (x / step).abs() % 1
+        exact = step ** 2 * float((p * (1 - p)).sum())
+        assert exact <= nu * norm2 * (1 + 1e-12)
+        errors = torch.stack([(c.decode(b, d) - x).square().sum() for b in buffers])
+        assert abs(float(errors.mean()) - exact) <= 5 * float(errors.std()) / 20 ** 0.5 + 1e-9 * norm2
+        assert sum(8 * len(b) for b in buffers) / 20 <= d * (2 + 0.5 / nu ** 0.5) + 64 + 32 + 8 + 4 * (8 + 2 * math.log2(d))
+
+
+def test_compress_dithering_is_qsgd_on_a_finer_grid():
+    d, s = 64, 8                                                                     # powers of two: the same floats
+    x = randn(d)
+    assert torch.equal(through(SparseDithering(d / (4 * s * s), True, f64), x), through(QSGD(s, "l2", 0, f64), x))
+
+
+def test_compress_dithering_survives_the_ends_of_the_floats():
+    for c in (SparseDithering(0.1), SparseDithering(0.1, False), SparseDithering(1e-6), SparseDithering(50)):
+        for x in (torch.full((50,), 3.4e38), torch.eye(50)[3] * 3.4e38, torch.full((50,), 1e-45), torch.eye(50)[3] * 1e-45, torch.ones(1)):
+            assert through(c, x).isfinite().all()
+
+
+def test_compress_bits_against_error():
+    """The table of the README on shorter vectors, and what a lower bound can and cannot say.
+
+    Uncertainty principle (Safaryan et al. 2020): a compressor whose buffers have b bits has at most 2^b answers. If each x of the
+    unit ball has one within sqrt(a), 2^b balls of that radius cover the ball, so 2^b a^(d/2) >= 1, or a 4^(b/d) >= 1. The a is that
+    of the WORST x of the ball: of one x nothing follows (sign below: no error at all). To assert it a vector is needed that is
+    nearly the worst for every code at once, and a random one is: for Gaussian x the mean error and the mean bits of any
+    code obey the same inequality (Shannon's rate-distortion function), and at d = 4096 one draw is close to the mean. For another
+    independent source 1 becomes its entropy power over its variance; for Laplace that is e / pi.
+    """
+    d = 4096
+    gaussian = torch.stack([tradeoff.vectors(d, seed)["gaussian"] for seed in range(3)])
+    laplace = torch.stack([tradeoff.vectors(d, seed)["laplace"] for seed in range(3)])
+    for name, c in tradeoff.compressors(d).items():
+        b, error = tradeoff.measure(c, gaussian)
+        assert error * 4 ** b >= 1 and tradeoff.above_bound(b, error) >= 0, name
+        if c.unbiased:                                                               # a server may shrink x_hat by 1 / (1 + omega)
+            assert error / (1 + error) * 4 ** b >= 1, name
+        b, error = tradeoff.measure(c, laplace)
+        assert error * 4 ** b >= math.e / math.pi, name
+        for shape, x in tradeoff.vectors(d).items():                                 # the card's bounds hold for every x
+            _, error = tradeoff.measure(c, x.expand(3, d))
+            bound = {TopK: lambda: 1 - c.k / d, SparseDithering: lambda: c.nu, Natural: lambda: 1 / 8, Identity: lambda: 1e-13,
+                     RandK: lambda: 1 if shape == "heavy" else 1 - c.k / d,          # on the mean only; of heavy tails three draws are too few
+                     Sign: lambda: float(1 - x.abs().sum() ** 2 / d / x.square().sum()),
+                     QSGD: lambda: math.inf if c.scale == "max" else min(d / c.levels ** 2, d ** 0.5 / c.levels)}
+            assert error <= 1.03 * bound[type(c)]() + 1e-12, (name, shape)
+    flat, few = tradeoff.vectors(d)["constant"][None], tradeoff.vectors(d)["sparse"][None]
+    for c, x in ((Sign(), flat), (TopK(d // 20), few)):                              # one x: far below any bound
+        b, error = tradeoff.measure(c, x)
+        assert error * 4 ** b < 1e-6
+    b = {code: tradeoff.measure(QSGD(1, "max", 512, code=code), gaussian)[0] for code in ("fixed", *bits.CODES)}
+    assert b["runs"] < b["elias"] < b["fixed"]
+    nearest, ideal = tradeoff.measure(SparseDithering(0.1, False), gaussian), math.log2(math.pi * math.e / 6) / 2
+    assert ideal < tradeoff.above_bound(*nearest) < ideal + 0.12                     # what every fine grid loses, with an ideal code; ours is near
+
+
 def test_compress_sign_error_is_exactly_its_constant():
     x = randn(31)
     err = (through(Sign(f64), x) - x).square().sum()
@@ -174,7 +391,8 @@ def test_compress_damaged_buffers_raise_value_error(c):
     x = randn(40).float()
     good, rng = c.encode(x, seeded()), np.random.default_rng(0)
     assert c.decode(good, 40).shape == (40,)
-    bad = [good[:-1], good[:3], good[:0], torch.cat([good, good[:1]]), good.float(), good[None], None, b"bytes"]
+    bad = [good[:-1], good[:3], good[:0], torch.cat([good, good[:1]]), good.float(), good[None], None, b"bytes",
+           bits.seal(good[:-5]), bits.seal(torch.cat([good[:-4], good[:1] * 0]))]                 # a byte too few or too many, well sealed
     for place in rng.integers(0, len(good), 40):
         flipped = good.clone()
         flipped[place] ^= 1 << int(rng.integers(8))
@@ -192,22 +410,35 @@ def test_compress_forged_buffers_never_do_worse_than_value_error(c):
     for seed in range(300):                                                          # what is left is to check the content
         body = torch.randint(0, 256, (n,), generator=seeded(seed), dtype=torch.uint8)
         try:
-            assert c.decode(compress.seal(body), 40).isfinite().all()
+            assert c.decode(bits.seal(body), 40).isfinite().all()
+        except ValueError:
+            pass
+    body = c.encode(randn(40).float(), seeded())[:-4]                                # the same for a true buffer with one bit changed,
+    for change in range(8 * len(body) + 30):                                         # or cut short
+        forged = body[:change - 8 * len(body)] if change >= 8 * len(body) else body.clone()
+        if change < 8 * len(body):
+            forged[change // 8] ^= 1 << change % 8
+        try:
+            assert c.decode(bits.seal(forged), 40).isfinite().all()
         except ValueError:
             pass
 
 
 def test_compress_forged_content_is_refused():
     d, one = 40, torch.ones(7)
-    places = compress.pack(torch.tensor([0, 1, 2, 3, 4, 5, 45]), 6)                  # 45 is outside
-    twice = compress.pack(torch.tensor([0, 1, 2, 3, 4, 5, 5]), 6)
-    for c, body in ((TopK(7), [compress.to_bytes(one), places]), (TopK(7), [compress.to_bytes(one), twice]),
-                    (TopK(7), [compress.to_bytes(one / 0), compress.pack(torch.arange(7), 6)]),
-                    (QSGD(4), [compress.to_bytes(one[:1]), compress.pack(torch.full((d,), 5), 4)]),         # level 5 > s = 4
-                    (QSGD(4), [compress.to_bytes(-one[:1]), compress.pack(torch.full((d,), 1), 4)]),        # negative norm
-                    (Natural(), [torch.full((d,), 255, dtype=torch.uint8), compress.pack(torch.zeros(d).int(), 1)])):
+    places = bits.pack(torch.tensor([0, 1, 2, 3, 4, 5, 45]), 6)                  # 45 is outside
+    twice = bits.pack(torch.tensor([0, 1, 2, 3, 4, 5, 5]), 6)
+    for c, body in ((TopK(7), [bits.to_bytes(one), places]), (TopK(7), [bits.to_bytes(one), twice]),
+                    (TopK(7), [bits.to_bytes(one / 0), bits.pack(torch.arange(7), 6)]),
+                    (QSGD(4), [bits.to_bytes(one[:1]), bits.pack(torch.full((d,), 5), 4)]),         # level 5 > s = 4
+                    (QSGD(4), [bits.to_bytes(-one[:1]), bits.pack(torch.full((d,), 1), 4)]),        # negative norm
+                    (QSGD(4, code="elias"), [bits.to_bytes(one[:1]), bits.write_integers(torch.full((d,), -5), "elias")]),
+                    (QSGD(4, code="elias"), [bits.to_bytes(one[:1]), bits.write_integers(torch.ones(d).long(), "elias"), one[:1].byte()]),
+                    (SparseDithering(), [bits.to_bytes(-one[:1]), bits.write_integers(torch.ones(d).long(), "runs")]),
+                    (SparseDithering(), [bits.to_bytes(one[:1] / 0), bits.write_integers(torch.ones(d).long(), "runs")]),
+                    (Natural(), [torch.full((d,), 255, dtype=torch.uint8), bits.pack(torch.zeros(d).int(), 1)])):
         with pytest.raises(ValueError):
-            c.decode(compress.seal(*body), d)
+            c.decode(bits.seal(*body), d)
 
 
 def test_compress_k_outside_1_to_d_is_refused():
@@ -217,7 +448,7 @@ def test_compress_k_outside_1_to_d_is_refused():
                 c.encode(torch.ones(10))
 
 
-@pytest.mark.parametrize("c", [TopK(3, f64), RandK(5, False, f64), Sign(f64), QSGD(4, "l2", 0, f64)], ids=str)
+@pytest.mark.parametrize("c", [TopK(3, f64), RandK(5, False, f64), Sign(f64), QSGD(4, "l2", 0, f64), SparseDithering(0.5, False, f64)], ids=str)
 def test_compress_error_feedback_telescopes(c):
     g, e, sent, total = seeded(), torch.zeros(20, dtype=f64), 0, 0
     for t in range(50):
@@ -228,19 +459,25 @@ def test_compress_error_feedback_telescopes(c):
 
 
 def test_compress_encode_and_decode_take_under_ten_milliseconds():
-    x, g = torch.randn(215_370, generator=seeded()), seeded()
-    threads = torch.get_num_threads()
+    """Together, of 215k coordinates, where lengths are fixed; each, of the 54k of the default network, in entropy codes."""
+    fixed = [Identity(), TopK(10_768), RandK(10_768), QSGD(1), QSGD(7), QSGD(7, "max", 512), QSGD(127), Sign(), Natural()]
+    entropy = [QSGD(1, "max", 512, code="elias"), QSGD(7, "max", 512, code="elias"), QSGD(233, code="elias"), QSGD(1, "max", 512, code="runs"),
+               SparseDithering(0.5), SparseDithering(0.5, False)]
+    g, threads = seeded(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for c in (Identity(), TopK(10_768), RandK(10_768), QSGD(1), QSGD(7), QSGD(7, "max", 512), QSGD(127), Sign(), Natural()):
-            best = math.inf
+        for c in fixed + entropy:
+            x, best = torch.randn(215_370 if c in fixed else 54_314, generator=seeded()), [math.inf, math.inf]
             for _ in range(30):
                 start = time.perf_counter()
-                c.decode(c.encode(x, g), len(x))
-                best = min(best, time.perf_counter() - start)
-                if best < 0.010:
+                buffer = c.encode(x, g)
+                between = time.perf_counter()
+                c.decode(buffer, len(x))
+                best = [min(best[0], between - start), min(best[1], time.perf_counter() - between)]
+                slowest = sum(best) if c in fixed else max(best)
+                if slowest < 0.010:
                     break
-            assert best < 0.010, f"{c}: {1000 * best:.1f} ms"
+            assert slowest < 0.010, f"{c}: {1000 * best[0]:.1f} + {1000 * best[1]:.1f} ms"
     finally:
         torch.set_num_threads(threads)
 
@@ -1098,6 +1335,15 @@ def test_config_every_field_is_read_and_described():
     assert config.Config().hash() != config.Config(rho=0.2).hash() and config.Config().hash() == config.Config(threads=1).hash()
 
 
+def test_config_names_every_compressor_with_its_settings():
+    make = lambda **kw: config.compressor(config.Config(**kw).check(), 1000)                                 # noqa: E731
+    assert {type(make(compress=name)) for name in compress.COMPRESSORS} == set(compress.COMPRESSORS.values())
+    assert make(levels=3, scale="l2", bucket=64, code="elias") == QSGD(3, "l2", 64, code="elias")
+    assert make(compress="dithering", nu=0.2, randomized=False) == SparseDithering(0.2, False)
+    assert make(compress="randk", k=0.1, scaled=False) == RandK(100, False) and make(compress="topk", k=7) == TopK(7)
+    assert make(compress="dithering", nu=2) == SparseDithering(2) and make() == QSGD(1, "max", 512)
+
+
 @pytest.mark.parametrize("words, hint", [
     ("--algo fedsinsam", "did you mean 'fedsynsam'"), ("--algo FEDAVG", "'fedavg'"), ("--alpha 0", "alpha = 0.0 must be above 0"),
     ("--alpha -1", "above 0"), ("--alpha nan", "not a finite number"), ("--clients 9001 --participation 1", "must be in 1..9000"),
@@ -1112,7 +1358,8 @@ def test_config_every_field_is_read_and_described():
     ("--clients 5000 --participation 1 --partition shards --classes-per-client 2", "without images"), ("--resume {folder} --rounds 3", "leave out --rounds"),
     ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
-    ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
+    ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
+    ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
 def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, capsys):
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -1253,7 +1500,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -1277,7 +1524,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["compress", "sam", "synth", "sharpness", "data", "models", "fl", "ranks", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "ranks", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
@@ -1314,7 +1561,7 @@ def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
     assert code == 0 and len(out) > 100, err
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("pip") and not c.startswith("python run.py")])
+@pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("pip") and not c.startswith("python run.py") and "tradeoff" not in c])
 def test_readme_tools_and_torchrun_work(command, tmp_path):
     """The other commands of the README, in their small form."""
     words = command.split()
@@ -1324,6 +1571,17 @@ def test_readme_tools_and_torchrun_work(command, tmp_path):
         words = [sys.executable, *words[1:], "--small", "--out", str(tmp_path / "new.json" if "bench" in command else tmp_path)]
     done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and len(done.stdout) > 100 and any(tmp_path.iterdir()), done.stderr
+
+
+def test_readme_table_of_bits_against_error_is_what_its_command_prints():
+    assert "python -m tools.tradeoff" in readme_commands()
+    out = subprocess.run([sys.executable, "-m", "tools.tradeoff"], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    rows = lambda text: {name: values for name, values in re.findall(r"^\| (`.*?`) \|([^|`]*\|[^|`]*\|[^|`]*\|[^|`]*\|[^|`]*)\|$", text, re.M)}     # noqa: E731
+    printed, shown = rows(out), rows((HERE / "README.md").read_text().split("## Bits against error")[1])
+    assert len(printed) == len(tradeoff.SETTINGS) + 1 and list(printed) == list(shown)
+    for name in list(printed)[1:]:                                                   # [0] is the headline
+        numbers = [[float(v) for v in table[name].split("|")] for table in (printed, shown)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.1, abs=0.02), name      # another machine trains another update
 
 
 def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):
