@@ -29,11 +29,13 @@ class Diverged(ArithmeticError):
 class Task:
     """What is learnt and where it lies: a loss of (w, batch), and N clients that can draw batches.
 
-    w0 [d] initial weights, apply(w [d], x) scores, train: Images, parts: N tensors of image numbers.  A task of another
-    kind (the quadratics of test_all.py) needs w0, sizes, loss and plan.  Source: ours.
+    w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), apply(w [d], x) scores, train:
+    Images, parts: N tensors of image numbers.  A task of another kind (the quadratics of test_all.py) needs w0, weights,
+    sizes, loss, plan and steps_of.  Source: ours.
     """
 
     def __init__(self, model, train, parts, cfg):
+        self.weights = model.weights
         self.w0, self.apply, self.train, self.parts, self.cfg = model.w0, model.apply, train, parts, cfg
         self.sizes = [len(p) for p in parts]
 
@@ -47,6 +49,10 @@ class Task:
         c = self.cfg
         return data.draw_batches(self.parts[client], c.batch, c.local_steps, c.local_epochs, g, c.augment).to(self.train.y.device)
 
+    def steps_of(self, client):
+        """K_i, the length of a client's plan, known without drawing it -> number [].  Source: data.draw_batches."""
+        return self.cfg.local_epochs * -(-self.sizes[client] // self.cfg.batch) or self.cfg.local_steps
+
 
 def local_training(method, w, memory, plan, lr):
     """One client's round, the pure function that is vmapped: K steps from w [d] with its memory [p, d] and plan [K, B, ...].
@@ -56,7 +62,8 @@ def local_training(method, w, memory, plan, lr):
     """
     me, alive = Client(w, memory), (plan[..., 0] >= 0).any(1).to(w.dtype)
     for k in range(len(plan)):
-        w, me = method.step(w, plan[k], me, lr * alive[k])
+        uphill = method.direction(w, plan[k], me)
+        w, me = method.step(w, plan[k], me, lr * alive[k], uphill)
     return method.finish(w, me, alive.sum(), lr)
 
 
@@ -179,17 +186,19 @@ class Federation:
             if not vectors.isfinite().all():
                 raise Diverged(f"round {t + 1}, client {i}: the update is not finite. Likely cause: {self.likely_cause()}")
         size = torch.tensor([self.task.sizes[i] if self.cfg.average == "size" else 1 for i in clients], dtype=torch.float64)
+        steps = float(sum(n * self.task.steps_of(i) for n, i in zip(size, clients)) / size.sum())
         mean = torch.zeros_like(sent[0])
         for c, i in enumerate(clients):                              # in a fixed order: the sum is the same every time
             for j in range(method.uplinks):
                 e = kept[c, method.memory + j] if self.residuals else None
-                x_hat, e = self.uplink(i, sent[c, j], e, t, j)
-                mean[j] += float(size[c] / size.sum()) * x_hat
+                sent[c, j], e = self.uplink(i, sent[c, j], e, t, j)              # from here on as the server decoded it
+                mean[j] += float(size[c] / size.sum()) * sent[c, j]
                 if self.residuals:
                     kept[c, method.memory + j] = e
+            kept[c, :method.memory] = method.remember(kept[c, :method.memory], sent[c])
         if kept.shape[1]:
             self.memory.write(clients, kept)
-        new = method.server(self.w, mean)
+        new = method.server(self.w, mean, steps, self.lr(t))
         if not new.isfinite().all():
             raise Diverged(f"round {t + 1}, server: the model is not finite. Likely cause: server_lr = {self.cfg.server_lr:g} or the "
                            f"compressor's error is too large")

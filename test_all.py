@@ -597,7 +597,7 @@ class Quadratics:
         M = randn(n, d, d, seed=seed)
         self.A = torch.eye(d, dtype=f64) + 0.1 * M @ M.transpose(1, 2)
         self.c, self.w0 = spread * randn(n, d, seed=seed + 1), randn(d, seed=seed + 2)
-        self.sizes, self.steps = sizes or [1] * n, steps
+        self.sizes, self.steps, self.weights = sizes or [1] * n, steps, None
         self.best = torch.linalg.solve(self.A.mean(0), (self.A @ self.c[..., None]).mean(0)[:, 0])
 
     def loss(self, w, rows):
@@ -609,6 +609,9 @@ class Quadratics:
 
     def plan(self, client, g):
         return torch.full((self.steps, 1, 1), client)
+
+    def steps_of(self, client):
+        return self.steps
 
 
 def quad(task, algo, compressor=Identity(f64), rounds=1, chunk=1, **kw):
