@@ -23,6 +23,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
+import baselines
 import config
 import data
 import fl
@@ -74,7 +75,7 @@ def compose(cfg):
     parts = data.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
     task = loop.Task(model, images.train, parts, cfg)
     chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
-    return images, loop.Federation(fl.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), threads_of(cfg), chunk)
+    return images, loop.Federation(baselines.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), threads_of(cfg), chunk)
 
 
 def machine():
