@@ -4,9 +4,9 @@ Results cannot be reproduced when a setting is not written down. So there is one
 prints it, config.json in every run folder records it, and a test checks that every field is really read.
 
 [DynaFed] the value is that of DynaFed's released code; [FL-Simulator] that of the released code of FedSpeed's and FedSMOO's
-authors; [Caldarola] that of FedASAM's; [paper] the paper's rule where released code has another;  [ours] the source leaves it open (of FedSynSAM only the
-abstract was at hand), and this is our choice, made on validation data where a number is meant (README, "How the defaults
-were chosen").  Read next: run.py.
+authors; [Caldarola] that of FedASAM's; [paper] the paper's rule, where released code has another;  [ours] the source leaves it
+open (of FedSynSAM only the abstract was at hand), and this is our choice, made on validation data where a number is meant
+(README, "How the defaults were chosen").  Read next: run.py.
 """
 import dataclasses
 import difflib
@@ -70,7 +70,7 @@ class Config:
     asam_eta: float = option(0.2, "FedASAM: added to |w|, the axes of the ball; with it rho 0.7 [Caldarola]")
     # corrections of client drift (baselines.py)
     prox: float = option(0.1, "FedProx, FedDyn, FedSpeed, FedSMOO, FedLESAM-D: strength lambda of the spring, per unit of w [FL-Simulator]")
-    prox_clip: bool = option(True, "clip all of the spring [ours]; with --no-prox-clip lambda * w passes unclipped, as weight decay does [FL-Simulator]")
+    prox_clip: bool = option(True, "clip the spring too [ours]; --no-prox-clip lets lambda * w pass unclipped, like weight decay [FL-Simulator]")
     variate: float = option(1.0, "SCAFFOLD, FedGAMMA, FedLESAM-S: factor of c - c_i [paper; FedLESAM-S's code 0.1]; 0 is without")
     momentum_alpha: float = option(0.1, "FedCM, MoFedSAM: weight of a client's own gradient, above 0; 1 is without momentum [FL-Simulator]")
     adam_b1: float = option(0.9, "FedAdam: decay of the first moment a round, below 1 [FL-Simulator]")

@@ -154,7 +154,7 @@ def listing(cfg=Config()):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(widths), *lines[1:], "",
-                      f"gradients: per local step. d = {len(w):,} (the default network); up through the default compressor {cfg.compress}, down uncompressed.",
+                      f"gradients: per local step. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
                       "A parcel (synthetic images) is fetched once. What a method does: python run.py --explain METHOD"])
 
 

@@ -955,7 +955,7 @@ def oracle(algo, fed, grad, biases, rounds):
             w = w + cfg.server_lr * m / (v.sqrt() + cfg.adam_eps)
         else:
             w = w + (mean + sum(h_i) / N if algo in WITH_H else cfg.server_lr * mean)
-    rows = ([c_i] if algo in WITH_C else []) + ([h_i] if algo in WITH_H else []) + ([mu_i] if algo == "fedsmoo" else []) + ([old] if "lesam" in algo else [])
+    rows = [c_i] * (algo in WITH_C) + [h_i] * (algo in WITH_H) + [mu_i] * (algo == "fedsmoo") + [old] * ("lesam" in algo)
     return w, rows, {"c": sum(c_i) / N, "h": sum(h_i) / N, "m": m, "v": v, "s": s}
 
 
@@ -1090,6 +1090,25 @@ def test_baselines_scaffold_and_feddyn_reach_the_true_minimiser_where_fedavg_doe
         assert (fed.w - task.best).norm() < 1e-7 * start, (algo, compressor, m, float((fed.w - task.best).norm()) / start)
 
 
+@pytest.mark.parametrize("parent, vector", [(baselines.SCAFFOLD, 1), (baselines.FedDyn, 0)])
+def test_baselines_a_client_that_adds_up_what_it_meant_to_send_rests_beside_the_minimum(parent, vector):
+    """Why `remember` exists: under compression c_i (h_i) and the server's c (h) drift apart, and nothing ever brings them back."""
+    class Own(parent):
+        def finish(self, w, me, steps, lr):
+            sent, memory = super().finish(w, me, steps, lr)
+            return sent, memory + sent[vector]
+
+        def remember(self, memory, decoded):
+            return memory
+    task = Quadratics(n=4, d=4, steps=5, spread=3.0)
+    for compressor, beside in ((Identity(f64), False), (QSGD(4, "l2", 0, f64), True)):
+        fed = quad(task, "fedavg", compressor, rounds=0, prox=1.0)
+        fed.method, fed.memory = Own(task, fed.cfg), loop.Memory(1, task.w0)
+        for _ in range(120):
+            fed.round()
+        assert fed.move.norm() < 1e-9 and ((fed.w - task.best).norm() > 0.01 * (task.w0 - task.best).norm()) == beside
+
+
 def test_baselines_feddyn_rests_where_the_clients_gradients_cancel():
     task = Quadratics(n=4, d=4, steps=5)
     fed = quad(task, "feddyn", rounds=100, prox=2.0)
@@ -1213,6 +1232,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     assert count(client) == rows and (rows == 0 or len(fed.memory.slot) >= m)
     fresh = kind(fed.task, fed.cfg)
     assert [s.removesuffix(" [d]") for s in server.split(", ")] == ([k for k in vars(fresh) if k not in ("task", "cfg")] or ["-"])
+    assert all(re.search(rf"\b{k}\b", kind.__doc__) for k, v in vars(fresh).items() if torch.is_tensor(v))
     fresh.receive(fed.w, fed.method.broadcast(fed.w)[1:])
     assert set(vars(fed.method)) - {"grad_of"} == set(vars(fresh))                   # no state that the list does not know
     assert all(p in parent for p in (c.__name__ for c in kind.__bases__ if c is not object)) and len(source) > 8
@@ -1292,8 +1312,8 @@ def test_config_every_field_is_read_and_described():
     ("--name a/b", "plain folder name"), ("--seeds 0", "1..1000"), ("--window 99", "1..10"), ("--partition shards --classes-per-client 11", "cannot cover"),
     ("--warmup 9 --rounds 9", "below rounds"), ("--compress randk --error-feedback", "contractive"), ("--dataset {names}", "classes is (2,)"),
     ("--clients 5000 --participation 1 --partition shards --classes-per-client 2", "without images"), ("--resume {folder} --rounds 3", "leave out --rounds"),
-    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--momentum-alpha 0", "above 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"),
-    ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
+    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"),
+    ("--momentum-alpha 0", "above 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
     ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
 def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, capsys):
@@ -1416,6 +1436,8 @@ def test_run_explain_shows_the_source_that_differs(name, capsys):
     for key, value in vars(method).items():
         if inspect.isfunction(value):
             assert all(line.strip() in out for line in inspect.getsource(value).splitlines())
+    assert all(base.__name__ in out for base in method.__bases__ if base is not object)
+    assert len(method.__bases__) < 2 or "direction: as " in out                      # a crossing: who answers what
 
 
 def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
