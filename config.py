@@ -3,9 +3,10 @@
 Results cannot be reproduced when a setting is not written down. So there is one list, this one; `python run.py --help`
 prints it, config.json in every run folder records it, and a test checks that every field is really read.
 
-[DynaFed] the value is that of DynaFed's released code;  [ours] the source leaves it open (of FedSynSAM only the
-abstract was at hand), and this is our choice, made on validation data where a number is meant (README, "How the defaults
-were chosen").  Read next: run.py.
+[DynaFed] the value is that of DynaFed's released code; [FL-Simulator] that of the released code of FedSpeed's and FedSMOO's
+authors; [Caldarola] that of FedASAM's; [paper] the paper's rule, where released code has another;  [ours] the source leaves it
+open (of FedSynSAM only the abstract was at hand), and this is our choice, made on validation data where a number is meant
+(README, "How the defaults were chosen").  Read next: run.py.
 """
 import dataclasses
 import difflib
@@ -14,6 +15,7 @@ import json
 import math
 from dataclasses import dataclass, field
 
+import baselines
 import bits
 import compress
 import data
@@ -29,7 +31,7 @@ def option(default, text, *legal):
 @dataclass(frozen=True)
 class Config:
     """All settings; `check()` says in one ValueError what is wrong with them.  Source: see each field."""
-    algo: str = option("fedsynsam", "method", *fl.METHODS)
+    algo: str = option("fedsynsam", "method", *baselines.METHODS)
     seed: int = option(0, "seed of split, weights, clients, batches, compressor, synthesis (the validation images are the same for all seeds)")
     # data
     dataset: str = option("bundled", f"one of {', '.join(data.DATASETS)}, or a Keras-layout file PATH.npz")
@@ -54,7 +56,7 @@ class Config:
     lr_decay: float = option(1.0, "eta is multiplied by this after every round")
     weight_decay: float = option(0.0, "added to the gradient as weight_decay * w, after clipping")
     clip: float = option(10.0, "largest l2 norm of a gradient step; 0 is off")
-    server_lr: float = option(1.0, "learning rate eta_g of the server")
+    server_lr: float = option(1.0, "learning rate eta_g of the server; FedAdam needs about 0.1 or less; FedDyn and its crossings do not use it")
     average: str = option("uniform", "weights of the clients in the mean", "uniform", "size")
     # uplink
     compress: str = option("qsgd", "compressor of the uplink (compress.py)", *compress.COMPRESSORS)
@@ -69,6 +71,15 @@ class Config:
     error_feedback: bool = option(False, "clients add what compression left out to their next update")
     # sharpness-aware perturbation
     rho: float = option(0.1, "radius of SAM's ball [ours for FedSynSAM]")
+    asam_eta: float = option(0.2, "FedASAM: added to |w|, the axes of the ball; with it rho 0.7 [Caldarola]")
+    # corrections of client drift (baselines.py)
+    prox: float = option(0.1, "FedProx, FedDyn, FedSpeed, FedSMOO, FedLESAM-D: strength lambda of the spring, per unit of w [FL-Simulator]")
+    prox_clip: bool = option(True, "clip the spring too [ours]; --no-prox-clip lets lambda * w pass unclipped, like weight decay [FL-Simulator]")
+    variate: float = option(1.0, "SCAFFOLD, FedGAMMA, FedLESAM-S: factor of c - c_i [paper; FedLESAM-S's code 0.1]; 0 is without")
+    momentum_alpha: float = option(0.1, "FedCM, MoFedSAM: weight of a client's own gradient, above 0; 1 is without momentum [FL-Simulator]")
+    adam_b1: float = option(0.9, "FedAdam: decay of the first moment a round, below 1 [FL-Simulator]")
+    adam_b2: float = option(0.99, "FedAdam: decay of the second moment a round, below 1 [FL-Simulator]")
+    adam_eps: float = option(0.01, "FedAdam: added to the root of the second moment, per unit of w, above 0 [FL-Simulator]")
     # synthetic data (DynaFed, FedSynSAM)
     warmup: int = option(10, "rounds T_w before the synthesis [ours; DynaFed 24]")
     warmup_method: str = option("fedsam", "FedSynSAM before the synthesis [ours]", "fedsam", "fedavg")
@@ -111,14 +122,15 @@ class Config:
                 raise ValueError(f"{f.name} = {value!r} is unknown; {closest(value, legal)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{f.name} = {value} is not a finite number")
-        distils = issubclass(fl.METHODS[self.algo], fl.Distilling)
+        distils = issubclass(baselines.METHODS[self.algo], fl.Distilling)
         for name, low, high in (
                 ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
                 ("hidden", 1, 8192), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
                 ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
                 ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
-                ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("finetune_epochs", 0, None),
+                ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("prox", 0, None),
+                ("variate", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
                 ("procs", 0, 1024), ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
             value = getattr(self, name)
@@ -131,7 +143,7 @@ class Config:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
         if self.compress == "dithering" and self.nu >= 1 and (self.error_feedback or not self.randomized):
             raise ValueError(f"nu = {self.nu:g} promises nothing to error_feedback or without randomized; it must be below 1")
-        for name in ("alpha", "lr", "server_lr", "k", "syn_step"):
+        for name in ("alpha", "lr", "server_lr", "k", "syn_step", "momentum_alpha", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
         return self

@@ -24,6 +24,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
+import baselines
 import config
 import data
 import fl
@@ -81,7 +82,7 @@ def compose(cfg):
     task = loop.Task(model, images.train, parts, cfg)
     chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
     workers = threads if device.type == "cpu" else 1
-    return images, loop.Federation(fl.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), workers, chunk)
+    return images, loop.Federation(baselines.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), workers, chunk)
 
 
 def machine():

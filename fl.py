@@ -6,11 +6,12 @@ what arrives and moves. G and a few details are the method; the machinery around
 Symbols: d parameters; N clients, m active in a round; K local steps; eta learning rate of the client; rho radius of SAM's
 ball; `delta` is always a descent displacement (w_after - w_before), a gradient is `g`, and uphill is -delta or +g.
 
-A method answers four questions, and a new method overrides only the answers that differ from its parent's:
+A method answers five questions, and a new method overrides only the answers that differ from its parent's:
 
-    broadcast   what is sent down besides w?
+    broadcast   what is sent down besides w?                              (`receive`: what a client makes of it)
     direction   which way is uphill, before the gradient is read there?   (None: read it at w)
-    finish      what does a client send up, and what does it remember?
+    gradient    what corrects the gradient?
+    finish      what does a client send up, and what does it remember?    (`remember`: once it knows what the server decoded)
     server      how does the server move?
 
     FedAvg -> FedSAM            climb along the client's own gradient
@@ -19,10 +20,12 @@ A method answers four questions, and a new method overrides only the answers tha
                  -> DynaFed     train on them at the server
                  -> FedSynSAM   climb along a mixture of own and synthetic gradient
 
-What a method does on a client is a pure function of tensors, so that loop.py may run clients under `torch.func.vmap`.
+What a method does on a client is a pure function of tensors, so that loop.py may run clients under `torch.func.vmap`. A client
+reads its own memory and what `receive` and `unpack` made of the wire, never what the server holds.
 
 Sources: FedAvg, McMahan et al. 2017, Algorithm 1; FedSAM, Qu et al. 2022 and Caldarola et al. 2022; FedLESAM, Fan et al.
-2024; DynaFed, Pi et al. 2023; FedSynSAM, arXiv 2602.11584. Read next: loop.py.
+2024; DynaFed, Pi et al. 2023; FedSynSAM, arXiv 2602.11584. Read next: loop.py, or baselines.py for the other methods of the
+literature (SCAFFOLD, FedDyn, FedCM, ...) and their crossings with these.
 """
 import hashlib
 from typing import NamedTuple
@@ -56,6 +59,7 @@ class FedAvg:
     """
     memory = 0                                  # vectors [d] that a client keeps between its rounds
     uplinks = 1                                 # vectors [d] that a client sends in a round
+    gradients = 1                               # gradients that a client computes in a local step, for `run.py --list`
     vmapped = False                             # True while clients are trained under torch.func.vmap
 
     def __init__(self, task, cfg):
@@ -100,13 +104,13 @@ class FedAvg:
         """Which way is uphill at w [d]? -> [d], or None to stay at w.  Source: ours."""
         return None
 
-    def gradient(self, w, rows, me):
-        """G: the gradient at the rim of SAM's ball (or at w if direction is None) -> [d].  Source: Foret et al. 2021, eq. (3)."""
-        return sam.sam_gradient(lambda v: self.grad(v, rows), w, self.direction(w, rows, me), self.cfg.rho)
+    def gradient(self, w, rows, me, uphill):
+        """G: the gradient at the rim of SAM's ball (at w if uphill [d] is None) -> [d].  Source: Foret et al. 2021, eq. (3)."""
+        return sam.sam_gradient(lambda v: self.grad(v, rows), w, uphill, self.cfg.rho)
 
-    def step(self, w, rows, me, lr):
+    def step(self, w, rows, me, lr, uphill):
         """One local step, in this order: clip G, add weight decay, move.  w [d] -> (w [d], me).  Source: FL-Simulator's code."""
-        g = self.gradient(w, rows, me)
+        g = self.gradient(w, rows, me, uphill)
         if self.cfg.clip:
             g = g * (self.cfg.clip / g.norm().clamp_min(self.cfg.clip))
         if self.cfg.weight_decay:
@@ -117,8 +121,19 @@ class FedAvg:
         """After K steps: w [d] -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: ours."""
         return (w - me.start)[None], me.memory
 
-    def server(self, w, mean):
-        """w^{t+1} from w^t [d] and the mean of what was decoded, mean [uplinks, d] -> [d].  Source: McMahan et al. 2017."""
+    def remember(self, memory, decoded):
+        """Memory [p, d] once the client knows what the server made of its message, decoded [uplinks, d] -> [p, d].
+
+        A client can decode its own buffer. What server and client both add up must be added up from the SAME numbers, or
+        the errors of the compressor pile up between the two for ever.  Source: ours.
+        """
+        return memory
+
+    def server(self, w, mean, steps, lr):
+        """w^{t+1} from w^t [d] and the mean of what was decoded, mean [uplinks, d], after `steps` local steps in the mean -> [d].
+
+        Source: McMahan et al. 2017.
+        """
         return w + self.cfg.server_lr * mean[0]
 
 
@@ -127,6 +142,7 @@ class FedSAM(FedAvg):
 
     w [d]; 2 gradients a step; d floats up and down; no state.  Source: Qu et al. 2022; Caldarola et al. 2022.
     """
+    gradients = 2
 
     def direction(self, w, rows, me):
         return self.grad(w, rows)
@@ -135,20 +151,21 @@ class FedSAM(FedAvg):
 class FedLESAM(FedAvg):
     """FedAvg, except: uphill is back to the global model this client last saw: u = w_i^old - w^t, fixed for the round.
 
-    w [d]; 1 gradient a step; d floats up and down; the client keeps w_i^old [1, d]. At its first round u = 0, plain SGD.
-    One global l2 norm (the released code divides by a sum of layer norms and indexes a flat vector by layer).
+    w [d]; 1 gradient a step; d floats up and down; the client keeps w_i^old [d], its last row. At its first round u = 0,
+    plain SGD. One global l2 norm (the released code divides by a sum of layer norms and indexes a flat vector by layer).
     Source: Fan et al. 2024 (FedLESAM), the paper's rule.
     """
     memory = 1
 
     def first_memory(self, w):
-        return w[None]
+        return torch.cat([super().first_memory(w)[1:], w[None]])
 
     def direction(self, w, rows, me):
-        return me.memory[0] - me.start
+        return me.memory[-1] - me.start
 
     def finish(self, w, me, steps, lr):
-        return super().finish(w, me, steps, lr)[0], me.start[None]
+        sent, memory = super().finish(w, me, steps, lr)
+        return sent, torch.cat([memory[:-1], me.start[None]])
 
 
 class FedLESAMServer(FedAvg):
@@ -160,7 +177,7 @@ class FedLESAMServer(FedAvg):
 
     def __init__(self, task, cfg):
         super().__init__(task, cfg)
-        self.move = self.uphill = torch.zeros_like(task.w0)
+        self.move = torch.zeros_like(task.w0)
 
     def broadcast(self, w):
         return [w, self.move]
@@ -171,8 +188,8 @@ class FedLESAMServer(FedAvg):
     def direction(self, w, rows, me):
         return self.uphill
 
-    def server(self, w, mean):
-        self.move = super().server(w, mean) - w
+    def server(self, w, mean, steps, lr):
+        self.move = super().server(w, mean, steps, lr) - w
         return w + self.move
 
 
@@ -206,8 +223,8 @@ class DynaFed(Distilling):
     Source: Pi et al. 2023 (DynaFed), released code; its client keeps Adam state and its server augments D_syn, ours does not.
     """
 
-    def server(self, w, mean):
-        w = super().server(w, mean)
+    def server(self, w, mean, steps, lr):
+        w = super().server(w, mean, steps, lr)
         if self.synthetic is None:
             return w
         images, logits, _ = self.synthetic
@@ -230,6 +247,7 @@ class FedSynSAM(Distilling):
     FedSAM throughout if mix = 0 and warmup_method = "fedsam".
     Source: arXiv 2602.11584, abstract; the mixture and every knob are this project's choice (config.py marks them).
     """
+    gradients = 3
 
     def parcel(self):
         return self.synthetic[:2]                       # images and label logits

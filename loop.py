@@ -32,11 +32,13 @@ class Diverged(ArithmeticError):
 class Task:
     """What is learnt and where it lies: a loss of (w, batch), and N clients that can draw batches.
 
-    w0 [d] initial weights, apply(w [d], x) scores, train: Images, parts: N tensors of image numbers.  A task of another
-    kind (the quadratics of test_all.py) needs w0, sizes, loss and plan.  Source: ours.
+    w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), apply(w [d], x) scores, train:
+    Images, parts: N tensors of image numbers.  A task of another kind (the quadratics of test_all.py) needs w0, weights,
+    sizes, loss, plan and steps_of.  Source: ours.
     """
 
     def __init__(self, model, train, parts, cfg):
+        self.weights = model.weights
         self.w0, self.apply, self.train, self.parts, self.cfg = model.w0, model.apply, train, parts, cfg
         self.sizes = [len(p) for p in parts]
 
@@ -50,6 +52,10 @@ class Task:
         c = self.cfg
         return data.draw_batches(self.parts[client], c.batch, c.local_steps, c.local_epochs, g, c.augment).to(self.train.y.device)
 
+    def steps_of(self, client):
+        """K_i, the length of a client's plan, known without drawing it -> number [].  Source: data.draw_batches."""
+        return self.cfg.local_epochs * -(-self.sizes[client] // self.cfg.batch) or self.cfg.local_steps
+
 
 def local_training(method, w, memory, plan, lr):
     """One client's round, the pure function that is vmapped: K steps from w [d] with its memory [p, d] and plan [K, B, ...].
@@ -59,7 +65,8 @@ def local_training(method, w, memory, plan, lr):
     """
     me, alive = Client(w, memory), (plan[..., 0] >= 0).any(1).to(w.dtype)
     for k in range(len(plan)):
-        w, me = method.step(w, plan[k], me, lr * alive[k])
+        uphill = method.direction(w, plan[k], me)
+        w, me = method.step(w, plan[k], me, lr * alive[k], uphill)
     return method.finish(w, me, alive.sum(), lr)
 
 
@@ -145,8 +152,8 @@ class Federation:
         """
         t, clients = self.t, self.clients(self.t)
         synthesised = self.begin(t, progress)
-        mean = self.clients_part(self.send_down(clients), clients, t)
-        self.advance(mean)
+        mean, steps = self.clients_part(self.send_down(clients), clients, t)
+        self.advance(mean, steps)
         return synthesised
 
     def begin(self, t, progress):
@@ -176,14 +183,14 @@ class Federation:
         return w
 
     def clients_part(self, w, clients, t):
-        """All m clients of round t train from w [d] and send; the server averages what it decodes -> mean [uplinks, d].
+        """All m clients of round t train from w [d] and send; the server averages -> (mean decoded [uplinks, d], mean number of steps).
 
         Every rank does its share of the clients, one after the other or in chunks, and holds one decoded update at a time.
         Source: McMahan et al. 2017, Algorithm 1.
         """
         memory = self.recall(clients, w)
         memory = ranks.from_server(memory) if memory.numel() else memory
-        mine = ranks.share([self.task.sizes[i] if self.cfg.local_epochs else 1 for i in clients])
+        mine = ranks.share([self.task.steps_of(i) for i in clients])
         size = torch.tensor([self.task.sizes[i] if self.cfg.average == "size" else 1 for i in clients], dtype=torch.float64)
         # summed in float64: rounded to float32 afterwards, the mean is the same for any order of clients and number of ranks
         mean, kept = w.new_zeros(self.method.uplinks, len(w), dtype=torch.float64), torch.zeros_like(memory)
@@ -201,7 +208,8 @@ class Federation:
             kept = ranks.total(kept)
             if ranks.rank() == 0:
                 self.memory.write(clients, kept)
-        return ranks.total(mean).to(w.dtype)
+        steps = float(sum(n * self.task.steps_of(i) for n, i in zip(size, clients)) / size.sum())
+        return ranks.total(mean).to(w.dtype), steps
 
     def each_client(self, w, memory, plans, t, then):
         """Local training of clients with memory [m, p, d] and plans (m tensors [K_i, B, ...]) from w [d], and what comes `then`.
@@ -252,11 +260,12 @@ class Federation:
                 buffer = self.compressor.encode(x, g)
             decoded.append(self.compressor.decode(buffer, len(x)).to(x.dtype))
             size += len(buffer)
-        return torch.stack(decoded), torch.cat([kept, *(e[None] for e in residuals)]), size
+        decoded = torch.stack(decoded)
+        return decoded, torch.cat([self.method.remember(kept, decoded), *(e[None] for e in residuals)]), size
 
-    def advance(self, mean):
-        """The server moves: w^{t+1} [d] from mean [uplinks, d], the same on every rank.  Source: McMahan et al. 2017."""
-        new = ranks.served(lambda: self.method.server(self.w, mean))
+    def advance(self, mean, steps):
+        """The server moves: w^{t+1} [d] from mean [uplinks, d] of `steps` steps, the same on every rank.  Source: McMahan et al. 2017."""
+        new = ranks.served(lambda: self.method.server(self.w, mean, steps, self.lr(self.t)))
         new = ranks.from_server(self.w if new is None else new)
         if not new.isfinite().all():
             raise Diverged(f"round {self.t + 1}, server: the model is not finite. Likely cause: server_lr = {self.cfg.server_lr:g} or the "

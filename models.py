@@ -32,10 +32,14 @@ from data import import_torchvision
 
 
 class Model(NamedTuple):
-    """w0 [d] initial weights, apply(w [d], x [B, C, H, W]) -> scores [B, classes], shapes of the parameters.  Source: ours."""
+    """w0 [d] initial weights, apply(w [d], x [B, C, H, W]) -> scores [B, classes], shapes of the parameters.
+
+    weights [d] bool: does the coordinate belong to a parameter called "weight" (and not to a bias)?  Source: ours.
+    """
     w0: torch.Tensor
     apply: Callable
     shapes: list
+    weights: torch.Tensor
 
 
 def flatten(parameters):
@@ -139,8 +143,9 @@ def build(name, image_shape, classes, width=8, hidden=64, seed=0, device="cpu", 
         else:
             raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     shapes = [p.shape for p in module.parameters()]
+    weights = torch.cat([torch.full((p.numel(),), "weight" in n) for n, p in module.named_parameters()])
 
     def apply(w, x):
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)         # channels-last, in a way that vmap knows
         return function(unflatten(w, shapes), x)
-    return Model(flatten(p.detach() for p in module.parameters()).to(device, dtype), apply, shapes)
+    return Model(flatten(p.detach() for p in module.parameters()).to(device, dtype), apply, shapes, weights.to(device))

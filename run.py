@@ -5,6 +5,7 @@
     python run.py --algo fedavg fedsynsam --seeds 3     a comparison: one table with mean and standard deviation
     python run.py --resume runs/NAME                    continue a run that was cut off, to bit-identical weights (CPU)
     python run.py --procs 4 ...                         four processes share every round (ranks.py); torchrun does it too
+    python run.py --list                                every method: parent, gradients, bytes both ways, state, source
     python run.py --explain fedsynsam                   what a method changes against its parent, from the source itself
     python run.py --quick ...                           the same job at a tenth of the size
 
@@ -27,13 +28,17 @@ import os
 import pathlib
 import statistics
 import sys
+import types
 
 import torch
 
+import baselines
+import compress
 import config
 import experiment
 import fl
 import loop
+import models
 import ranks
 from config import Config
 from tools import plot
@@ -110,34 +115,62 @@ def compare(folder, configs, made=None):
 
 # ----------------------------------------------------------------------------------------------------- command line
 def explain(name):
-    """What a method changes against its parent, as a diff of the source itself -> text.  Source: inspect."""
+    """What a method changes against its parents, as a diff of the source itself -> text.  Source: inspect."""
     known(name)
-    method = fl.METHODS[name]
-    parent, out = method.__bases__[0], [f"{method.__name__}: {inspect.cleandoc(method.__doc__)}", ""]
-    if parent is object:
+    method = baselines.METHODS[name]
+    out, above = [f"{method.__name__}: {inspect.cleandoc(method.__doc__)}", ""], method.__mro__[1:-1]
+    if not above:
         return "\n".join(out + [inspect.getsource(method)])
+    owner = lambda key: next((c for c in above if key in vars(c)), above[0])                        # noqa: E731, whose answer is replaced
     for key, value in vars(method).items():
         if inspect.isfunction(value):
             source = inspect.getsource(value)
-            inherits = not hasattr(parent, key) or f"super().{key}(" in source      # it adds to its parent's answer
-            before = [] if inherits else inspect.getsource(getattr(parent, key)).splitlines()
-            out += list(difflib.unified_diff(before, source.splitlines(), f"{parent.__name__}.{key}",
+            inherits = not hasattr(above[0], key) or f"super().{key}(" in source      # it adds to its parent's answer
+            before = [] if inherits else inspect.getsource(getattr(owner(key), key)).splitlines()
+            out += list(difflib.unified_diff(before, source.splitlines(), f"{owner(key).__name__}.{key}",
                                              f"{method.__name__}.{key}", n=99, lineterm="")) + [""]
         elif not key.startswith("__"):
-            out += [f"{method.__name__}.{key} = {value!r}   ({parent.__name__}: {getattr(parent, key, None)!r})", ""]
-    return "\n".join(out) + (f"\n(parent: {explain_name(parent)})" if parent is not fl.FedAvg else "")
+            out += [f"{method.__name__}.{key} = {value!r}   ({owner(key).__name__}: {getattr(owner(key), key, None)!r})", ""]
+    if len(method.__bases__) > 1:                                                     # a crossing: who answers what
+        answered = dict.fromkeys(k for c in above[:-1] for k in vars(c) if not k.startswith("__") and k not in vars(method))
+        out += [f"{key}: as {owner(key).__name__}" for key in answered] + [""]
+    return "\n".join(out + [f"(parent: {explain_name(c)})" for c in method.__bases__ if c is not fl.FedAvg])
 
 
 def explain_name(method):
     """How to read on about a parent class."""
-    named = [n for n, m in fl.METHODS.items() if m is method]
-    return f"python run.py --explain {named[0]}" if named else f"class {method.__name__} in fl.py"
+    named = [n for n, m in baselines.METHODS.items() if m is method]
+    return f"python run.py --explain {named[0]}" if named else f"class {method.__name__} in {method.__module__}.py"
+
+
+def listing(cfg=Config()):
+    """Every method and what it costs, read off the classes and off what they would send -> a table as text.
+
+    Bytes are those of one client in one round: lengths of buffers encoded here, for the network and the compressor of cfg.
+    """
+    w = models.build(cfg.model, (1, 28, 28), 10, cfg.width, cfg.hidden).w0
+    one_up, wire = len(config.compressor(cfg, len(w)).encode(w)), compress.Identity()
+    times = lambda n: "-" if n == 0 else "d" if n == 1 else f"{n} d"                                # noqa: E731
+    rows = [("method", "parent", "gradients", "up", "bytes up", "down", "bytes down", "client keeps", "server keeps", "source")]
+    for name, kind in baselines.METHODS.items():
+        method = kind(types.SimpleNamespace(w0=w), cfg)
+        down = method.broadcast(w)
+        kept = [k + " [d]" * torch.is_tensor(v) for k, v in vars(method).items() if k not in ("task", "cfg")]
+        source = " ".join(kind.__doc__.split("Source:")[1].split()).split(";")[0].rstrip(".")
+        rows.append((name, " + ".join(c.__name__ for c in kind.__bases__ if c is not object) or "-", str(method.gradients), times(method.uplinks),
+                     f"{method.uplinks * one_up:,}", times(len(down)) + " + parcel" * (kind.parcel is not fl.FedAvg.parcel),
+                     f"{sum(len(wire.encode(x)) for x in down):,}", times(method.memory), ", ".join(kept) or "-", source))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(widths), *lines[1:], "",
+                      f"gradients: per local step. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
+                      "A parcel (synthetic images) is fetched once. What a method does: python run.py --explain METHOD"])
 
 
 def known(name):
     """UserError with the closest match unless `name` is a method."""
-    if name not in fl.METHODS:
-        raise experiment.UserError(f"unknown method {name!r}; {config.closest(name, list(fl.METHODS))}")
+    if name not in baselines.METHODS:
+        raise experiment.UserError(f"unknown method {name!r}; {config.closest(name, list(baselines.METHODS))}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,11 +187,12 @@ class Parser(argparse.ArgumentParser):
 def parser():
     """The command line: one flag per field of Config, and those that are not settings.  Source: config.py."""
     p = Parser(description="Compressed, sharpness-aware federated learning: FedSynSAM and the methods it is compared with.", allow_abbrev=False)
-    p.add_argument("--algo", nargs="+", default=argparse.SUPPRESS, metavar="METHOD", help=f"one or more of {', '.join(fl.METHODS)} (default fedsynsam)")
+    p.add_argument("--algo", nargs="+", default=argparse.SUPPRESS, metavar="METHOD", help=f"one or more of {', '.join(baselines.METHODS)} (default fedsynsam)")
     p.add_argument("--seeds", type=int, default=argparse.SUPPRESS, metavar="n", help="runs per method: seed, seed+1, ... (default 1)")
     p.add_argument("--name", help="name of the folder (default: made from method and seed)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="where folders are made (default runs)")
     p.add_argument("--resume", type=pathlib.Path, metavar="DIR", help="continue the run or comparison in this folder; its settings are used")
+    p.add_argument("--list", action="store_true", help="print every method with its parent, gradients, bytes, state and source, and stop")
     p.add_argument("--explain", metavar="METHOD", help="print what a method changes against its parent, and stop")
     p.add_argument("--quick", action="store_true", help="the same job at a tenth of the size")
     for f in dataclasses.fields(Config)[1:]:
@@ -196,7 +230,7 @@ def prepare(args):
     Raises ValueError; for a new run it makes the folder, as the last thing.
     """
     if args.resume is not None:
-        extra = sorted(set(vars(args)) - {"resume", "explain", "out", "name", "quick"}) + ["name"] * bool(args.name) + ["quick"] * args.quick
+        extra = sorted(set(vars(args)) - {"resume", "explain", "list", "out", "name", "quick"}) + ["name"] * bool(args.name) + ["quick"] * args.quick
         if extra:
             raise experiment.UserError(f"--resume takes all settings from the folder; leave out --{extra[0].replace('_', '-')}")
         single, configs = experiment.read_settings(args.resume)
@@ -224,6 +258,9 @@ def main(argv=None):
     ranks.join()
     try:
         args = parser().parse_args(argv)
+        if args.list:
+            print(listing())
+            return 0
         if args.explain is not None:
             print(explain(args.explain))
             return 0

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import baselines
 import bits
 import compress
 import config
@@ -42,7 +43,7 @@ import sam
 import sharpness
 import synth
 from compress import QSGD, Identity, Natural, RandK, Sign, SparseDithering, TopK
-from tools import tradeoff
+from tools import plot, tradeoff
 
 HERE = pathlib.Path(__file__).parent
 f64 = torch.float64
@@ -836,7 +837,7 @@ class Quadratics:
         M = randn(n, d, d, seed=seed)
         self.A = torch.eye(d, dtype=f64) + 0.1 * M @ M.transpose(1, 2)
         self.c, self.w0 = spread * randn(n, d, seed=seed + 1), randn(d, seed=seed + 2)
-        self.sizes, self.steps = sizes or [1] * n, steps
+        self.sizes, self.steps, self.weights = sizes or [1] * n, steps, None
         self.best = torch.linalg.solve(self.A.mean(0), (self.A @ self.c[..., None]).mean(0)[:, 0])
 
     def loss(self, w, rows):
@@ -849,11 +850,14 @@ class Quadratics:
     def plan(self, client, g):
         return torch.full((self.steps, 1, 1), client)
 
+    def steps_of(self, client):
+        return self.steps
+
 
 def quad(task, algo, compressor=Identity(f64), rounds=1, chunk=1, **kw):
     """A federation on quadratics after some rounds; full participation, no clipping, unless kw says otherwise."""
     kw = {"participation": len(task.sizes), "clients": len(task.sizes), "clip": 0.0, "lr": 0.1, "warmup": 10**6, **kw}
-    fed = loop.Federation(fl.METHODS[algo](task, config.Config(algo=algo, **kw)), compressor, workers=2, chunk=chunk)
+    fed = loop.Federation(baselines.METHODS[algo](task, config.Config(algo=algo, **kw)), compressor, workers=2, chunk=chunk)
     for _ in range(rounds):
         fed.round()
     return fed
@@ -867,7 +871,7 @@ def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None,
     train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
     net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
     task = loop.Task(net, train, data.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
-    fed = loop.Federation(fl.METHODS[algo](task, cfg), compressor or Identity(dtype), workers=2, chunk=chunk)
+    fed = loop.Federation(baselines.METHODS[algo](task, cfg), compressor or Identity(dtype), workers=2, chunk=chunk)
     for _ in range(begin):
         fed.round()
     return fed
@@ -1019,7 +1023,7 @@ def test_fl_fedlesam_remembers_the_model_a_client_last_saw():
     assert len(fed.memory.slot) <= 6 and fed.memory.table.shape[1:] == (1, 6)
 
 
-@pytest.mark.parametrize("algo", list(fl.METHODS))
+@pytest.mark.parametrize("algo", list(baselines.METHODS))
 def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
     for kw in ({"model": "cnn", "augment": True}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
         feds = [vision(algo, bundled, begin=3, chunk=chunk, **kw) for chunk in (1, 3)]
@@ -1170,6 +1174,367 @@ def test_fl_alignment_is_one_where_the_estimate_is_the_truth(bundled):
     assert math.isnan(sharpness.alignment(vision("fedavg", bundled, begin=1), rows).synthetic)
 
 
+# --------------------------------------------------------------------------------------------------------- baselines
+TWELVE = ["fedprox", "scaffold", "feddyn", "fedcm", "fedadam", "mofedsam", "fedgamma", "fedspeed", "fedsmoo", "fedlesam-s", "fedlesam-d", "fedasam"]
+WITH_C, WITH_H = ("scaffold", "fedgamma", "fedlesam-s"), ("feddyn", "fedspeed", "fedsmoo", "fedlesam-d")      # c_i, c and h_i, h
+UNEVEN = {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2, "participation": 3}               # clients of unequal length
+
+
+def oracle(algo, fed, grad, biases, rounds):
+    """The equations once more, as slow loops over rounds, clients and steps with one list per symbol.
+
+    grad(i, w, rows) -> [d]; nothing of fl.py, baselines.py, sam.py is used, and c, h are means over all N clients by definition.
+    """
+    cfg, N, w, zero = fed.cfg, fed.cfg.clients, fed.task.w0, torch.zeros_like(fed.task.w0)
+    c_i, h_i, mu_i, old, m, v, s = [zero] * N, [zero] * N, [zero] * N, [zero] * N, zero, zero, zero
+    seen = set()
+    for t in range(rounds):
+        active, eta, c, D, K = fed.clients(t), cfg.lr * cfg.lr_decay**t, sum(c_i) / N, {}, {}
+        for i, plan in zip(active, fed.plans(active, t)):
+            x = w
+            for rows in plan:
+                u, T = grad(i, x, rows), torch.ones_like(w)
+                if algo in ("fedprox", "scaffold", "feddyn", "fedcm", "fedadam"):
+                    u = zero
+                elif "lesam" in algo:
+                    u = old[i] - w if i in seen else zero
+                elif algo == "fedsmoo":
+                    u = u - mu_i[i] - s
+                elif algo == "fedasam":
+                    T = torch.where(biases, 1.0, x.abs() + cfg.asam_eta)
+                eps = cfg.rho * T * T * u / (T * u).norm() if u.norm() > 0 else zero
+                G, decay = grad(i, x + eps, rows), cfg.weight_decay
+                if algo in ("fedprox", *WITH_H) and cfg.prox_clip:
+                    G = G + cfg.prox * (x - w + h_i[i])
+                elif algo in ("fedprox", *WITH_H):
+                    G, decay = G + cfg.prox * (h_i[i] - w), decay + cfg.prox
+                elif algo in WITH_C:
+                    G = G + cfg.variate * (c - c_i[i])
+                elif algo in ("fedcm", "mofedsam"):
+                    G = cfg.momentum_alpha * G + (1 - cfg.momentum_alpha) * m
+                if cfg.clip and G.norm() > cfg.clip:
+                    G = G * cfg.clip / G.norm()
+                x = x - eta * (G + decay * x)
+                mu_i[i] = mu_i[i] + eps - s
+            D[i], K[i] = x - w, len(plan)
+        mean = sum(D.values()) / len(D)
+        for i in active:
+            c_i[i], old[i] = c_i[i] - c - D[i] / (K[i] * eta), w
+            h_i[i] = h_i[i] + D[i] if algo in WITH_H else zero
+        seen |= set(active)
+        if algo == "fedsmoo":
+            s = sum(mu_i[i] for i in active)
+            s = cfg.rho * s / s.norm()
+        if algo in ("fedcm", "mofedsam"):
+            m = -mean / (eta * sum(K.values()) / len(K))
+        if algo == "fedadam":
+            m, v = cfg.adam_b1 * m + (1 - cfg.adam_b1) * mean, cfg.adam_b2 * v + (1 - cfg.adam_b2) * mean**2
+            w = w + cfg.server_lr * m / (v.sqrt() + cfg.adam_eps)
+        else:
+            w = w + (mean + sum(h_i) / N if algo in WITH_H else cfg.server_lr * mean)
+    rows = [c_i] * (algo in WITH_C) + [h_i] * (algo in WITH_H) + [mu_i] * (algo == "fedsmoo") + [old] * ("lesam" in algo)
+    return w, rows, {"c": sum(c_i) / N, "h": sum(h_i) / N, "m": m, "v": v, "s": s}
+
+
+def agrees_with_oracle(algo, fed, grad, biases, rounds=6):
+    """Model, every row of every client's memory, and the server's vectors, to 1e-12."""
+    w, rows, state = oracle(algo, fed, grad, biases, rounds)
+    for _ in range(rounds):
+        fed.round()
+    near = lambda a, b: torch.allclose(a, b, rtol=1e-12, atol=1e-12)                                             # noqa: E731
+    assert near(fed.w, w) and (fed.w - fed.task.w0).norm() > 1e-3, float((fed.w - w).norm())
+    assert fed.method.memory == len(rows) and (not rows or len(fed.memory.slot) > fed.cfg.participation)          # clients came and went
+    for i in fed.memory.slot:
+        assert all(near(mine, row[i]) for mine, row in zip(fed.memory.read([i], None)[0], rows)), i
+    assert all(near(getattr(fed.method, k), v) for k, v in state.items() if hasattr(fed.method, k))
+
+
+KNOBS = {"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "adam_eps": 0.1, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize("algo", TWELVE)
+def test_baselines_equal_slow_loops_on_quadratics(algo):
+    for clip in (0.0, 1.0):
+        fed = quad(Quadratics(), algo, rounds=0, participation=3, clip=clip, **KNOBS)
+        agrees_with_oracle(algo, fed, lambda i, w, rows: fed.task.gradient(i, w), torch.zeros(6, dtype=bool))
+
+
+@pytest.mark.parametrize("algo", TWELVE)
+def test_baselines_equal_slow_loops_on_a_network_with_unequal_clients(algo, bundled):
+    """nn.Module and autograd, batches without padding; one by one and under vmap, where short clients wait for long ones."""
+    for chunk, prox_clip in ((1, True), (3, False)):
+        fed = vision(algo, bundled, chunk=chunk, clip=0.5, prox_clip=prox_clip, **KNOBS, **UNEVEN)
+        net, train = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train
+
+        def grad(i, w, rows):
+            nn.utils.vector_to_parameters(w, net.parameters())
+            numbers = rows[rows[:, 0] >= 0, 0]
+            loss = F.cross_entropy(net((train.x[numbers].double() - train.mean) / train.std), train.y[numbers])
+            return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+        biases = torch.cat([torch.full((p.numel(),), p.dim() == 1) for p in net.parameters()])
+        assert len({len(p) for p in fed.plans(range(6), 0)}) > 1                     # really unequal
+        agrees_with_oracle(algo, fed, grad, biases)
+
+
+@pytest.mark.parametrize("algo, off, parent", [
+    ("fedprox", {"prox": 0.0}, "fedavg"), ("scaffold", {"variate": 0.0}, "fedavg"), ("fedcm", {"momentum_alpha": 1.0}, "fedavg"),
+    ("mofedsam", {"rho": 0.0}, "fedcm"), ("mofedsam", {"momentum_alpha": 1.0}, "fedsam"), ("fedgamma", {"rho": 0.0}, "scaffold"),
+    ("fedgamma", {"variate": 0.0}, "fedsam"), ("fedspeed", {"rho": 0.0}, "feddyn"), ("fedsmoo", {"rho": 0.0}, "feddyn"),
+    ("fedlesam-s", {"rho": 0.0}, "scaffold"), ("fedlesam-s", {"variate": 0.0}, "fedlesam"), ("fedlesam-d", {"rho": 0.0}, "feddyn"),
+    ("fedasam", {"rho": 0.0}, "fedavg")])
+def test_baselines_with_their_own_term_off_are_their_parents_bit_for_bit(algo, off, parent, bundled):
+    for kw in ({}, {"compressor": QSGD(7, "max", 64)}, {"compressor": TopK(50), "error_feedback": True}):
+        pair = [vision(a, bundled, torch.float32, begin=4, **kw, **off) for a in (algo, parent)]
+        assert torch.equal(pair[0].w, pair[1].w)
+    assert not torch.equal(vision(algo, bundled, torch.float32, begin=4).w, vision(parent, bundled, torch.float32, begin=4).w)
+
+
+def test_baselines_states_that_start_at_zero_change_nothing_in_round_zero(bundled):
+    first = {a: vision(a, bundled, begin=1).w for a in (*TWELVE, "fedavg", "fedsam")}
+    assert torch.equal(first["scaffold"], first["fedavg"]) and torch.equal(first["fedgamma"], first["fedsam"])
+    assert torch.equal(first["fedlesam-s"], first["fedavg"]) and torch.equal(first["fedlesam-d"], first["feddyn"])
+    w0, N, m = vision("fedprox", bundled).w, 6, 4                                    # h_i = 0: FedDyn's clients are FedProx's
+    assert torch.allclose(first["feddyn"] - w0, (1 + m / N) * (first["fedprox"] - w0), rtol=1e-10, atol=1e-15)
+    one = [vision(a, bundled, begin=1, local_steps=1).w for a in ("fedsmoo", "fedspeed", "fedprox", "fedavg")]
+    assert torch.equal(one[0], one[1]) and torch.equal(one[2], one[3])               # mu_i = s = 0; at w^t no spring pulls
+    assert not torch.equal(first["fedsmoo"], first["fedspeed"])                      # in the second step mu_i is at work
+
+
+def test_baselines_fedprox_holds_its_clients_the_tighter_the_stronger_the_spring():
+    task = Quadratics(steps=200)
+    moves = [float((quad(task, "fedprox", prox=p, lr=0.5 / (p + 10)).w - task.w0).norm()) for p in (0.0, 1.0, 10.0, 1000.0)]
+    assert moves == sorted(moves, reverse=True) and moves[-1] < 0.02 * moves[0]
+    one = Quadratics(1, steps=3000)                                                  # solved exactly: the proximal point
+    point = torch.linalg.solve(one.A[0] + 2 * torch.eye(6, dtype=f64), one.A[0] @ one.c[0] + 2 * one.w0)
+    assert torch.allclose(quad(one, "fedprox", prox=2.0).w, point, rtol=1e-10)
+
+
+def test_baselines_prox_clip_decides_what_of_the_spring_is_clipped():
+    task, p, clip = Quadratics(1, steps=2), 3.0, 0.5
+    w1 = task.w0 - 0.1 * clip * task.gradient(0, task.w0) / task.gradient(0, task.w0).norm()
+    g = task.gradient(0, w1) + p * (w1 - task.w0)
+    whole = w1 - 0.1 * clip * g / g.norm()
+    assert torch.allclose(quad(task, "fedprox", prox=p, clip=clip).w, whole, rtol=1e-12)
+    v = task.w0
+    for _ in range(2):
+        g = task.gradient(0, v) - p * task.w0
+        v = v - 0.1 * (clip * g / g.norm() + p * v)
+    assert torch.allclose(quad(task, "fedprox", prox=p, clip=clip, prox_clip=False).w, v, rtol=1e-12) and not torch.allclose(v, whole)
+    for algo in ("fedprox", *WITH_H):                                                # without clipping it is the same sum
+        assert torch.allclose(*(quad(Quadratics(), algo, rounds=4, prox_clip=b).w for b in (True, False)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("algo", ["scaffold", "fedgamma"])
+def test_baselines_scaffold_control_variate_is_the_mean_gradient(algo, bundled):
+    """c_i' = mean over the steps of (g_k + wd w_k), whatever c and c_i were; here the sum is collected while the client walks."""
+    fed = vision(algo, bundled, begin=3, clip=0.0, weight_decay=0.1, **UNEVEN)
+    seen, method, clients = {}, fed.method, fed.clients(3)
+    for i, plan in zip(clients, fed.plans(clients, 3)):
+        method.receive(fed.w, [method.c])
+        me, w, total = fl.Client(fed.w, fed.memory.read([i], fed.w.new_zeros(1, len(fed.w)))[0]), fed.w, 0
+        for rows in plan:
+            uphill = method.direction(w, rows, me)
+            total = total + fl.FedAvg.gradient(method, w, rows, me, uphill) + 0.1 * w
+            w, me = method.step(w, rows, me, 0.05, uphill)
+        seen[i] = total / len(plan)
+    assert method.c.norm() > 0 and fed.memory.table.norm() > 0
+    fed.round()
+    for i, mean in seen.items():
+        assert torch.allclose(fed.memory.read([i], None)[0, 0], mean, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("algo", [*WITH_C, *WITH_H])
+@pytest.mark.parametrize("compressor, feedback", [(Identity(f64), False), (QSGD(1, "max", 4, f64), False), (TopK(2, f64), True)], ids=str)
+def test_baselines_server_state_is_the_mean_of_all_clients_state(algo, compressor, feedback):
+    """With every compressor: server and client add up the same decoded vectors."""
+    fed = quad(Quadratics(), algo, compressor, rounds=0, participation=3, error_feedback=feedback, rho=0.05, prox=0.5)
+    for _ in range(7):
+        fed.round()
+        rows = fed.memory.read(range(8), fed.w.new_zeros(fed.memory.table.shape[1], 6))[:, 0]
+        assert torch.allclose(rows.mean(0), fed.method.c if algo in WITH_C else fed.method.h, rtol=1e-12, atol=1e-14) and rows.norm() > 0
+    one = quad(Quadratics(1), "scaffold", compressor, rounds=5, error_feedback=feedback)        # one client: nothing to correct
+    assert torch.allclose(one.w, quad(Quadratics(1), "fedavg", compressor, rounds=5, error_feedback=feedback).w, rtol=1e-12)
+
+
+def test_baselines_scaffold_and_feddyn_reach_the_true_minimiser_where_fedavg_does_not():
+    """Clients that differ, five local steps: FedAvg comes to rest beside the minimum of F."""
+    task = Quadratics(n=4, d=4, steps=5, spread=3.0)
+    start, rest = float((task.w0 - task.best).norm()), quad(task, "fedavg", rounds=60)
+    assert rest.move.norm() < 1e-9 * start and (rest.w - task.best).norm() > 0.02 * start
+    for algo, compressor, m in (("scaffold", Identity(f64), 4), ("scaffold", QSGD(4, "l2", 0, f64), 4), ("scaffold", Identity(f64), 2),
+                                ("feddyn", Identity(f64), 4), ("feddyn", QSGD(4, "l2", 0, f64), 4), ("feddyn", Identity(f64), 2)):
+        fed = quad(task, algo, compressor, rounds=120, prox=1.0, participation=m)
+        assert (fed.w - task.best).norm() < 1e-7 * start, (algo, compressor, m, float((fed.w - task.best).norm()) / start)
+
+
+@pytest.mark.parametrize("parent, vector", [(baselines.SCAFFOLD, 1), (baselines.FedDyn, 0)])
+def test_baselines_a_client_that_adds_up_what_it_meant_to_send_rests_beside_the_minimum(parent, vector):
+    """Why `remember` exists: under compression c_i (h_i) and the server's c (h) drift apart, and nothing ever brings them back."""
+    class Own(parent):
+        def finish(self, w, me, steps, lr):
+            sent, memory = super().finish(w, me, steps, lr)
+            return sent, memory + sent[vector]
+
+        def remember(self, memory, decoded):
+            return memory
+    task = Quadratics(n=4, d=4, steps=5, spread=3.0)
+    for compressor, beside in ((Identity(f64), False), (QSGD(4, "l2", 0, f64), True)):
+        fed = quad(task, "fedavg", compressor, rounds=0, prox=1.0)
+        fed.method, fed.memory = Own(task, fed.cfg), loop.Memory(1, task.w0)
+        for _ in range(120):
+            fed.round()
+        assert fed.move.norm() < 1e-9 and ((fed.w - task.best).norm() > 0.01 * (task.w0 - task.best).norm()) == beside
+
+
+def test_baselines_feddyn_rests_where_the_clients_gradients_cancel():
+    task = Quadratics(n=4, d=4, steps=5)
+    fed = quad(task, "feddyn", rounds=100, prox=2.0)
+    h, gradients = fed.memory.read(range(4), None)[:, 0], torch.stack([task.gradient(i, task.best) for i in range(4)])
+    assert torch.allclose(-2.0 * h, gradients, atol=1e-7) and gradients.norm() > 1 and fed.method.h.norm() < 1e-7
+    exact = quad(Quadratics(n=3, d=3, steps=300), "feddyn", rounds=2, prox=2.0)      # the local problem solved to the end
+    sent, _ = exact.train(exact.w, range(3), exact.plans(range(3), 2), 2)
+    for i, row in enumerate(exact.memory.read(range(3), None)[:, 0]):
+        assert torch.allclose(-2.0 * (row + sent[i, 0]), exact.task.gradient(i, exact.w + sent[i, 0]), atol=1e-9)
+
+
+def test_baselines_fedcm_momentum_is_the_last_mean_update_in_gradient_scale():
+    fed, plain = (quad(Quadratics(steps=1), a, lr_decay=0.5, momentum_alpha=0.25) for a in ("fedcm", "fedavg"))
+    assert torch.allclose(fed.w - fed.task.w0, 0.25 * (plain.w - fed.task.w0), rtol=1e-12)          # m_0 = 0: only shorter steps
+    mean_gradient = torch.stack([fed.task.gradient(i, fed.task.w0) for i in range(8)]).mean(0)
+    assert torch.allclose(fed.method.m, 0.25 * mean_gradient, rtol=1e-12)            # lr of THAT round, not of the next
+    w = fed.w
+    fed.round()
+    step = 0.25 * torch.stack([fed.task.gradient(i, w) for i in range(8)]).mean(0) + 0.75 * 0.25 * mean_gradient
+    assert torch.allclose(fed.w, w - 0.05 * step, rtol=1e-12)
+
+
+def test_baselines_fedadam_steps_are_its_formula():
+    task = Quadratics()
+    delta = quad(task, "fedavg").w - task.w0
+    fed = quad(task, "fedadam", server_lr=0.05)
+    assert torch.allclose(fed.w - task.w0, 0.05 * 0.1 * delta / (0.1 * delta.abs() + 0.01), rtol=1e-12)        # (1 - 0.99)^0.5 = 0.1
+    large = quad(task, "fedadam", rounds=3, server_lr=1e9, adam_eps=1e9, adam_b1=0.0, adam_b2=0.0)             # eps drowns sqrt(v)
+    assert torch.allclose(large.w, quad(task, "fedavg", rounds=3).w, rtol=1e-8)
+    sign = quad(task, "fedadam", server_lr=0.05, adam_eps=1e-300, adam_b1=0.0, adam_b2=0.0)
+    assert torch.allclose(sign.w - task.w0, 0.05 * delta.sign(), rtol=1e-9)
+
+
+def test_baselines_fedsmoo_perturbations_are_of_length_rho_and_agree():
+    fed = quad(Quadratics(steps=1), "fedsmoo", rho=0.3, prox=1.0)
+    eps = fed.memory.read(range(8), None)[:, 1]                                      # from mu_i = s = 0: mu_i = eps after one step
+    own = torch.stack([fed.task.gradient(i, fed.task.w0) for i in range(8)])
+    assert torch.allclose(eps, 0.3 * own / own.norm(dim=1, keepdim=True), rtol=1e-12)
+    assert torch.allclose(fed.method.s, 0.3 * eps.mean(0) / eps.mean(0).norm(), rtol=1e-12)
+    for _ in range(4):
+        before, s = fed.memory.read(range(8), None)[:, 1], fed.method.s
+        fed.round()
+        eps = fed.memory.read(range(8), None)[:, 1] - before + s                     # mu_i' = mu_i + eps - s
+        assert torch.allclose(eps.norm(dim=1), torch.full((8,), 0.3, dtype=f64)) and float(fed.method.s.norm()) == pytest.approx(0.3, rel=1e-12)
+    for _ in range(100):
+        before, s = fed.memory.read(range(8), None)[:, 1], fed.method.s
+        fed.round()
+    eps, spread = fed.memory.read(range(8), None)[:, 1] - before + s, lambda e: float((e - e.mean(0)).norm())
+    assert spread(eps) < 0.2 * spread(0.3 * own / own.norm(dim=1, keepdim=True))     # the clients agree with each other,
+    assert sam.cosine(s, fed.method.s) < -0.99                                       # but on a sign that flips every round
+
+
+def test_baselines_fedlesam_crossings_climb_back_along_the_whole_last_move():
+    """At full participation that is minus the true step of the server, FedDyn's h included."""
+    for algo in ("fedlesam-s", "fedlesam-d"):
+        fed = quad(Quadratics(), algo, rounds=3, rho=0.1)
+        for row in fed.memory.read(range(8), None):
+            assert torch.allclose(fed.method.direction(None, None, fl.Client(fed.w, row)), -fed.move, rtol=1e-9)
+    assert fed.method.h.norm() > 1e-3 * fed.move.norm()
+
+
+def test_baselines_fedasam_scales_weights_and_not_biases(bundled):
+    fed = vision("fedasam", bundled, model="cnn", rho=0.7)
+    module = models.cnn_module(1, 28, 28, 10, 2, 8).double()
+    assert torch.equal(fed.task.weights, models.flatten(torch.full_like(p, "weight" in n) for n, p in module.named_parameters()).bool())
+    rows, w, points = fed.plans([0], 0)[0][0], fed.w, []
+    fed.method.grad = lambda v, rows: points.append(v) or torch.ones_like(v)
+    fed.method.gradient(w, rows, None, torch.linspace(-1, 1, len(w), dtype=f64))
+    T, u = torch.where(fed.task.weights, w.abs() + 0.2, 1), torch.linspace(-1, 1, len(w), dtype=f64)
+    assert torch.allclose(points[0] - w, 0.7 * T**2 * u / (T * u).norm(), atol=1e-14) and float(((points[0] - w) / T).norm()) == pytest.approx(0.7)
+    ball = vision("fedasam", bundled, rho=0.05e-6, asam_eta=1e6)                     # T is nearly constant: a ball
+    ball.task.weights = torch.ones_like(ball.task.weights)
+    for _ in range(3):
+        ball.round()
+    assert torch.allclose(ball.w, vision("fedsam", bundled, begin=3, rho=0.05).w, atol=1e-6)
+
+
+@pytest.mark.parametrize("algo", [a for a in baselines.METHODS if a != "fedsynsam"])
+def test_baselines_clients_read_only_what_came_through_the_wire(algo, bundled):
+    """A client in another process: a fresh method that has seen `receive` and its own memory, and nothing else."""
+    fed = vision(algo, bundled, begin=3, **UNEVEN)
+    elsewhere, clients = baselines.METHODS[algo](fed.task, fed.cfg), fed.clients(3)
+    (w, *extra), _ = fed.through_wire(fed.method.broadcast(fed.w))
+    ends = []
+    for method in (fed.method, elsewhere):
+        method.receive(w, extra)
+        memory = fed.memory.read(clients, method.first_memory(w))
+        ends.append([loop.local_training(method, w, own, plan, 0.05) for own, plan in zip(memory, fed.plans(clients, 3))])
+    for (sent, kept), (sent2, kept2) in zip(*ends):
+        assert torch.equal(sent, sent2) and torch.equal(kept, kept2)
+
+
+@pytest.mark.parametrize("algo", list(baselines.METHODS))
+def test_baselines_padded_steps_change_neither_message_nor_memory(algo, bundled):
+    fed = vision(algo, bundled, begin=3, weight_decay=0.1, **UNEVEN)
+    fed.method.receive(fed.w, fed.method.broadcast(fed.w)[1:])
+    for i, plan in zip(fed.clients(3), fed.plans(fed.clients(3), 3)):
+        own = fed.memory.read([i], fed.method.first_memory(fed.w))[0]
+        ends = [loop.local_training(fed.method, fed.w, own, p, 0.05) for p in (plan, F.pad(plan, (0, 0, 0, 0, 0, 5), value=-1))]
+        assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("algo", list(baselines.METHODS))
+def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
+    """Gradients counted, bytes measured, attributes found; against the docstring and the line of `run.py --list`."""
+    cfg = config.Config(algo=algo, model="mlp", hidden=8)
+    fed = vision(algo, bundled, torch.float32, begin=3, hidden=8)
+    fed.compressor, calls, grad_of, up, down = config.compressor(cfg, len(fed.w)), [], fed.method.grad_of, fed.up, fed.down
+    fed.method.grad_of = lambda loss, w: calls.append(1) or grad_of(loss, w)
+    fed.holders = set(range(6))                                                      # the parcel, if any, has been fetched
+    fed.round()
+    m, d, K, kind = 4, len(fed.w), 3, type(fed.method)
+    line = next(row for row in run.listing(cfg).splitlines() if row.startswith(f"| {algo} "))
+    name, parent, gradients, ups, bytes_up, downs, bytes_down, client, server, source = [cell.strip() for cell in line.strip("|").split("|")]
+    assert len(calls) == m * K * int(gradients)
+    assert (fed.up - up, fed.down - down) == tuple(m * int(b.replace(",", "")) for b in (bytes_up, bytes_down))
+    vectors_down = (fed.down - down) // m // (4 * d)
+    count = lambda text: int((re.match(r"(\d+)?", text).group() or (0 if text == "-" else 1)))                   # noqa: E731
+    assert count(ups) == kind.uplinks and count(downs) == vectors_down and ("parcel" in downs) == (algo == "fedsynsam")
+    rows = fed.memory.table.shape[1]
+    assert count(client) == rows and (rows == 0 or len(fed.memory.slot) >= m)
+    fresh = kind(fed.task, fed.cfg)
+    assert [s.removesuffix(" [d]") for s in server.split(", ")] == ([k for k in vars(fresh) if k not in ("task", "cfg")] or ["-"])
+    assert all(re.search(rf"\b{k}\b", kind.__doc__) for k, v in vars(fresh).items() if torch.is_tensor(v))
+    fresh.receive(fed.w, fed.method.broadcast(fed.w)[1:])
+    assert set(vars(fed.method)) - {"grad_of"} == set(vars(fresh))                   # no state that the list does not know
+    assert all(p in parent for p in (c.__name__ for c in kind.__bases__ if c is not object)) and len(source) > 8
+    said = re.search(r"(\d )?d floats up(?: and down|[^;]*?, (\d )?d down)", kind.__doc__.replace("\n", " "))
+    if not issubclass(kind, fl.Distilling) or said:
+        both = "and down" in said.group()
+        assert int(said.group(1) or 1) == kind.uplinks and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
+        assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients)
+
+
+@pytest.mark.parametrize("algo", TWELVE)
+def test_baselines_continue_from_a_checkpoint_bit_for_bit(algo, tmp_path):
+    kw = {"participation": 3, "error_feedback": True, "lr": 0.05, "server_lr": 0.5, "rho": 0.05, "prox": 0.5, "lr_decay": 0.9}
+    whole, first, second = (quad(Quadratics(), algo, TopK(3, f64), rounds=r, **kw) for r in (8, 4, 0))
+    experiment.save(tmp_path, first, 1.0, 0)
+    assert experiment.restore(tmp_path, second) == (1.0, 0)
+    for _ in range(4):
+        second.round()
+    assert torch.equal(second.w, whole.w) and torch.equal(second.memory.table, whole.memory.table) and second.up == whole.up
+    assert all(torch.equal(v, vars(second.method)[k]) for k, v in vars(whole.method).items() if torch.is_tensor(v))
+
+
+def test_baselines_every_method_looks_different_in_the_figures():
+    looks = [(plot.COLOURS[a], plot.STROKES.get(a, "-")) for a in baselines.METHODS]
+    assert len(set(looks)) == len(looks) and set(plot.COLOURS) == set(baselines.METHODS)
 # ------------------------------------------------------------------------------------------------------------- ranks
 def in_a_group(work, procs, *args, **kw):
     """Call test_all.work(*args, **kw) on every rank of a new group, started from a fresh interpreter -> its exit code and messages."""
@@ -1189,7 +1554,7 @@ def three_rounds_of_every_method(path, **kw):
     """The state after three rounds of every method."""
     bundled = data.load("bundled", val=1000, dtype=f64)
     out = {}
-    for algo in fl.METHODS:
+    for algo in baselines.METHODS:
         fed = vision(algo, bundled, compressor=TopK(500, f64), begin=3, **kw)
         table = fed.memory.table[[fed.memory.slot[i] for i in sorted(fed.memory.slot)]]
         loss = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
@@ -1328,7 +1693,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "synth.py", "loop.py", "experiment.py", "config.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "baselines.py", "synth.py", "loop.py", "experiment.py", "config.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -1356,7 +1721,8 @@ def test_config_names_every_compressor_with_its_settings():
     ("--name a/b", "plain folder name"), ("--seeds 0", "1..1000"), ("--window 99", "1..10"), ("--partition shards --classes-per-client 11", "cannot cover"),
     ("--warmup 9 --rounds 9", "below rounds"), ("--compress randk --error-feedback", "contractive"), ("--dataset {names}", "classes is (2,)"),
     ("--clients 5000 --participation 1 --partition shards --classes-per-client 2", "without images"), ("--resume {folder} --rounds 3", "leave out --rounds"),
-    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
+    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"),
+    ("--momentum-alpha 0", "above 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
     ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
@@ -1472,14 +1838,16 @@ def test_run_damaged_or_foreign_checkpoints_are_refused(tmp_path, capsys):
     assert code == 2 and "other settings" in err
 
 
-@pytest.mark.parametrize("name", list(fl.METHODS))
+@pytest.mark.parametrize("name", list(baselines.METHODS))
 def test_run_explain_shows_the_source_that_differs(name, capsys):
     code, out, _ = main(capsys, "--explain", name)
-    method = fl.METHODS[name]
+    method = baselines.METHODS[name]
     assert code == 0 and method.__name__ in out
     for key, value in vars(method).items():
         if inspect.isfunction(value):
             assert all(line.strip() in out for line in inspect.getsource(value).splitlines())
+    assert all(base.__name__ in out for base in method.__bases__ if base is not object)
+    assert len(method.__bases__) < 2 or "direction: as " in out                      # a crossing: who answers what
 
 
 def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
@@ -1489,7 +1857,7 @@ def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
 
 
 def test_a_method_is_at_most_about_ten_lines_of_difference():
-    for method in {*fl.METHODS.values(), fl.Distilling}:
+    for method in {*baselines.METHODS.values(), fl.Distilling}:
         if method is not fl.FedAvg:
             lines = [line.strip() for line in inspect.getsource(method).replace(method.__doc__, "").splitlines()]
             assert sum(1 for line in lines if line and not line.startswith(("class ", "def ", '"""'))) <= 12, method
@@ -1500,7 +1868,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -1524,7 +1892,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "ranks", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
@@ -1547,7 +1915,7 @@ def test_readme_begins_with_the_two_commands():
 def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
     """Every command of the README, in --quick mode and smaller still, where its folders go to a temporary place."""
     words = command[command.index("python run.py"):].split()[2:]
-    if "--explain" not in words and "--help" not in words and "--resume" not in words:
+    if "--explain" not in words and "--list" not in words and "--help" not in words and "--resume" not in words:
         words += [*SMALL, "--out", str(tmp_path)]
     if "--resume" in words:
         assert main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedavg", "--name", "x")[0] == 0

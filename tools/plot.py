@@ -1,9 +1,14 @@
 """The figures: curves over rounds and over bytes, and the distilled images. matplotlib is imported only when drawing."""
 import numpy as np
 
-# Okabe-Ito colours, told apart by colour-blind readers; a method has the same colour in every figure
+# Okabe-Ito colours, told apart by colour-blind readers, then some of Tol's "muted" set; a method looks the same in every
+# figure. The colour of a method of baselines.py is that of its base, its stroke is its direction: solid none, dashed the own
+# gradient, dotted the model last seen.
 COLOURS = {"fedavg": "#000000", "fedsam": "#E69F00", "fedlesam": "#56B4E9", "fedlesam-server": "#0072B2", "dynafed": "#CC79A7",
-           "fedsynsam": "#D55E00"}
+           "fedsynsam": "#D55E00", "fedprox": "#555555", "scaffold": "#009E73", "feddyn": "#661100", "fedcm": "#DDCC77", "fedadam": "#332288",
+           "mofedsam": "#DDCC77", "fedgamma": "#009E73", "fedspeed": "#661100", "fedsmoo": "#661100", "fedlesam-s": "#009E73",
+           "fedlesam-d": "#661100", "fedasam": "#E69F00"}
+STROKES = {"mofedsam": "--", "fedgamma": "--", "fedspeed": "--", "fedsmoo": "-.", "fedlesam-s": ":", "fedlesam-d": ":", "fedasam": "-."}
 
 
 def pyplot():
@@ -30,7 +35,7 @@ def curve(path, logs, title):
         mega = np.mean([[x["up"] for x in run] for run in runs], 0) / 1e6
         for axis, at, key, scale in ((axes[0], rounds, "test_acc", 100), (axes[1], rounds, "train_loss", 1), (axes[2], mega, "test_acc", 100)):
             y = scale * np.array([[x[key] for x in run] for run in runs])
-            axis.plot(at, y.mean(0), color=colour, label=method, lw=1.6)
+            axis.plot(at, y.mean(0), color=colour, ls=STROKES.get(method, "-"), label=method, lw=1.6)
             if len(runs) > 1:
                 axis.fill_between(at, y.mean(0) - y.std(0, ddof=1), y.mean(0) + y.std(0, ddof=1), color=colour, alpha=0.15, lw=0)
     for axis, x, y in zip(axes, ("round", "round", "megabytes sent up"), ("test accuracy (%)", "training loss", "test accuracy (%)")):
@@ -39,7 +44,7 @@ def curve(path, logs, title):
     for axis in (axes[0], axes[2]):                         # methods differ near the top: cut the climb from chance level off
         axis.set_ylim(bottom=max(0, best - 25), top=best + 2)
     axes[1].set_ylim(bottom=0, top=4 * min(x["train_loss"] for runs in logs.values() for run in runs for x in run if "test_acc" in x))
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[0].legend(frameon=False, loc="lower right", ncols=1 + (len(logs) > 8), fontsize=10 if len(logs) < 7 else 7, handlelength=2.6)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
