@@ -43,7 +43,7 @@ def bare(pipe, number, procs, algo, small):
     images, fed = experiment.compose(cfg)
     torch.set_num_threads(1 if procs > 1 else os.cpu_count())
     train = images.train
-    pixels = (train.x.float() - train.mean[:, None, None]) / train.std[:, None, None]
+    pixels = (train.x.reshape(len(train.y), -1).float() - train.mean) / train.std       # one channel; rows of 784, PyTorch's contiguous layout
     torch.manual_seed(cfg.seed)
     net = models.cnn_module(1, 28, 28, 10, cfg.width, cfg.hidden)
     weights = list(net.parameters())
@@ -52,7 +52,7 @@ def bare(pipe, number, procs, algo, small):
 
     def backward(rows):
         optimizer.zero_grad()
-        F.cross_entropy(net(pixels[rows]), train.y[rows]).backward()
+        F.cross_entropy(net(pixels[rows].view(-1, 1, 28, 28)), train.y[rows]).backward()
 
     def sam_backward(rows):
         backward(rows)
@@ -124,7 +124,7 @@ class Competitor:
 
 
 def race(algo, rounds, small):
-    """Seconds a round of all competitors, taken in turns -> {name: [seconds]}, and how far our weights are from the bare loop's."""
+    """Seconds a round of all competitors, taken in turns -> {name: [seconds]}, how far our weights end from the bare loop's, accuracies."""
     cores = os.cpu_count()
     field = {"bare, 1 process": Competitor(bare, 1, algo, small), f"bare, {cores} processes": Competitor(bare, cores, algo, small),
              "ours, 1 process": Competitor(ours, 1, algo, small)}
@@ -140,7 +140,17 @@ def race(algo, rounds, small):
     w = {name: competitor.ask(False) for name, competitor in field.items()}
     reference = w["bare, 1 process"]
     apart = {n: float(((v - reference)**2).sum()**0.5 / (reference**2).sum()**0.5) for n, v in w.items() if v is not None and n.startswith("ours")}
-    return seconds, apart
+    return seconds, apart, {n: accuracy(algo, small, v) for n, v in w.items() if v is not None}
+
+
+def accuracy(algo, small, w):
+    """Test accuracy of weights w [d]."""
+    import torch
+
+    import experiment
+    import loop
+    images, fed = experiment.compose(workload(algo, small))
+    return loop.evaluate(fed.task.apply, torch.from_numpy(w), images.test)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- phases
@@ -171,7 +181,7 @@ def phases(algo, small, **settings):
                     running[-1][1] = now
         setattr(owner, name, outer)
         return lambda: setattr(owner, name, inner)
-    cfg = dataclasses.replace(config.Config(algo=algo, threads=1, device="cpu", **settings), **({"rounds": 2, "measure_images": 100} if small else {"rounds": 60}))
+    cfg = dataclasses.replace(config.Config(algo=algo, threads=1, device="cpu", **settings), **({"rounds": 2, "measure_images": 100} if small else {"rounds": 60 if algo == "fedsynsam" else 15}))
     undo = [timed(loop, "local_training", "local steps"), timed(loop.Federation, "uplink", "compression and packing"),
             timed(loop.Federation, "through_wire", "compression and packing"), timed(synth, "distill_as_set", "synthesis"),
             timed(experiment, "evaluated", "evaluation"), timed(experiment, "save", "checkpoints"), timed(experiment, "conclude", "eigenvalue, alignment, figures"),
@@ -238,11 +248,12 @@ def main():
     import experiment
     report = {"machine": experiment.machine()}
     for name, algo in (("W1", "fedavg"), ("W2", "fedsam"))[:1 if args.small else 2]:
-        seconds, apart = race(algo, args.rounds, args.small)
-        report[name] = {"seconds": seconds, "weights_apart": apart}
+        seconds, apart, right = race(algo, args.rounds, args.small)
+        report[name] = {"seconds": seconds, "weights_apart": apart, "accuracy": right}
         print(f"\n{name}, seconds a round: median (least to most)")
         for who, values in seconds.items():
-            print(f"  {who:20} {middle(values)}" + (f"   weights {apart[who]:.1e} (relative) from the bare loop's" if who in apart else ""))
+            print(f"  {who:20} {middle(values)}" + (f"   test accuracy {right[who]:.4f}" if who in right else "")
+                  + (f", weights {apart[who]:.1e} (relative) from the bare loop's" if who in apart else ""))
         for floor in [n for n in seconds if n.startswith("bare")]:
             for who in [n for n in seconds if n.startswith("ours")]:
                 print(f"  {who} / {floor}: {middle([a / b for a, b in zip(seconds[who], seconds[floor])])}")
