@@ -4,12 +4,12 @@ Two ideas, and their crossings. A BASE corrects the drift of clients whose data 
 and what the server does. A DIRECTION says where to climb before the gradient is read (sam.py). They touch different questions
 of fl.py, so a crossing is a class with two parents and nothing in it: Python asks the left one first, then the right one.
 
-    base \\ direction   none                 own gradient          the model last seen
-    FedAvg             FedAvg               FedSAM, FedASAM       FedLESAM
-    + spring           FedProx
-    + server memory    FedCM, FedAdam       MoFedSAM (of FedCM)
-    + client memory    SCAFFOLD             FedGAMMA              FedLESAM-S
-    + both springs     FedDyn (of FedProx)  FedSpeed, FedSMOO     FedLESAM-D
+    base \\ direction           none              own gradient         the model last seen
+    FedAvg                     FedAvg            FedSAM, FedASAM      FedLESAM               (fl.py, but for FedASAM)
+    + a spring                 FedProx
+    + state at the server      FedCM, FedAdam    MoFedSAM (FedCM's)
+    + state on both sides      SCAFFOLD          FedGAMMA             FedLESAM-S
+    + a spring and state       FedDyn            FedSpeed, FedSMOO    FedLESAM-D
 
 `python run.py --list` prints what each costs: gradients, bytes both ways, state.
 
