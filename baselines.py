@@ -25,7 +25,7 @@ identities hold only at full participation (weighted); the papers average unifor
 
 Where released code says something else than the paper, the paper's rule is the default and the code's is a setting; where
 only the code was at hand, its rule stands here and the docstring says so. "FL-Simulator" is the code of FedSpeed's and
-FedSMOO's authors; it clips G (all terms) to norm `clip` before weight decay, which no paper mentions.
+FedSMOO's authors; clipping G to norm `clip`, correction included, and only then adding weight decay is its rule.
 
 Sources: each class names its own. Read next: loop.py.
 """
@@ -41,7 +41,7 @@ class FedProx(fl.FedAvg):
 
     w [d]; 1 gradient a step; d floats up and down; no state. The client descends F_i(w) + lambda/2 ||w - w^t||^2.
     FL-Simulator clips g_i - lambda w^t only and lets lambda w pass as weight decay: `--no-prox-clip`; the same if clip = 0.
-    Source: Li et al. 2020 (FedProx), the proximal objective; clipping, which the paper has not: ours.
+    Source: Li et al. 2020 (FedProx), the proximal objective; that clipping takes all of G: ours.
     """
 
     def gradient(self, w, rows, me, uphill):
