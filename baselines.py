@@ -4,12 +4,12 @@ Two ideas, and their crossings. A BASE corrects the drift of clients whose data 
 and what the server does. A DIRECTION says where to climb before the gradient is read (sam.py). They touch different questions
 of fl.py, so a crossing is a class with two parents and nothing in it: Python asks the left one first, then the right one.
 
-    base \\ direction   none                 own gradient          the model last seen
-    FedAvg             FedAvg               FedSAM, FedASAM       FedLESAM
-    + spring           FedProx
-    + server memory    FedCM, FedAdam       MoFedSAM (of FedCM)
-    + client memory    SCAFFOLD             FedGAMMA              FedLESAM-S
-    + both springs     FedDyn (of FedProx)  FedSpeed, FedSMOO     FedLESAM-D
+    base \\ direction           none              own gradient         the model last seen
+    FedAvg                     FedAvg            FedSAM, FedASAM      FedLESAM               (fl.py, but for FedASAM)
+    + a spring                 FedProx
+    + state at the server      FedCM, FedAdam    MoFedSAM (FedCM's)
+    + state on both sides      SCAFFOLD          FedGAMMA             FedLESAM-S
+    + a spring and state       FedDyn            FedSpeed, FedSMOO    FedLESAM-D
 
 `python run.py --list` prints what each costs: gradients, bytes both ways, state.
 
@@ -25,7 +25,7 @@ identities hold only at full participation (weighted); the papers average unifor
 
 Where released code says something else than the paper, the paper's rule is the default and the code's is a setting; where
 only the code was at hand, its rule stands here and the docstring says so. "FL-Simulator" is the code of FedSpeed's and
-FedSMOO's authors; it clips G (all terms) to norm `clip` before weight decay, which no paper mentions.
+FedSMOO's authors; clipping G to norm `clip`, correction included, and only then adding weight decay is its rule.
 
 Sources: each class names its own. Read next: loop.py.
 """
@@ -41,7 +41,7 @@ class FedProx(fl.FedAvg):
 
     w [d]; 1 gradient a step; d floats up and down; no state. The client descends F_i(w) + lambda/2 ||w - w^t||^2.
     FL-Simulator clips g_i - lambda w^t only and lets lambda w pass as weight decay: `--no-prox-clip`; the same if clip = 0.
-    Source: Li et al. 2020 (FedProx), the proximal objective; clipping, which the paper has not: ours.
+    Source: Li et al. 2020 (FedProx), the proximal objective; that clipping takes all of G: ours.
     """
 
     def gradient(self, w, rows, me, uphill):
