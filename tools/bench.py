@@ -27,7 +27,7 @@ def workload(algo, small):
     """The settings of W1 (fedavg) or W2 (fedsam)."""
     from config import Config
     data = {"dataset": "bundled"} if small else {"dataset": "fashionmnist"}
-    return Config(algo=algo, **data, partition="dirichlet-class", alpha=0.1, width=16, hidden=128, participation=10, local_steps=2 if small else 20, batch=32,
+    return Config(algo=algo, **data, partition="dirichlet-class", alpha=0.1, width=2 if small else 16, hidden=128, participation=10, local_steps=2 if small else 20, batch=32,
                   lr=0.05, clip=0.0, rho=0.05, compress="identity").check()
 
 

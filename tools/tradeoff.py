@@ -60,7 +60,7 @@ def update(rounds=5):
     for _ in range(rounds):
         fed.round()
     client = fed.clients(rounds)[:1]
-    return fed.train(fed.w, client, fed.plans(client, rounds), rounds)[0][0, 0].double()
+    return next(fed.each_client(fed.w, fed.recall(client, fed.w), fed.plans(client, rounds), rounds, lambda place, sent, kept: sent[0])).double()
 
 
 def table(x):
