@@ -1131,8 +1131,8 @@ def test_fl_unbiased_compression_reaches_a_neighbourhood_that_shrinks_with_the_s
     """Strongly convex quadratics, K = 1, full gradients: only the compressor is random."""
     def distance(lr, levels):
         task = Quadratics(steps=1)
-        fed, tail = quad(task, "fedavg", QSGD(levels, "l2", 0, f64), rounds=int(25 / lr), lr=lr), []
-        for _ in range(300):
+        fed, tail = quad(task, "fedavg", QSGD(levels, "l2", 0, f64), rounds=int(12 / lr), lr=lr), []
+        for _ in range(200):
             fed.round()
             tail.append(float((fed.w - task.best).square().sum()))
         return np.mean(tail)

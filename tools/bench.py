@@ -1,7 +1,7 @@
 """How fast is a round, against the least that PyTorch needs? All competitors stay alive and take turns, so noise hits all alike.
 
     python -m tools.bench                     W1, W2, phases, start, memory; writes results/bench.json
-    python -m tools.bench --rounds 2 --small  a look at whether it works
+    python -m tools.bench --small             a look at whether it works
 
 Workload W1: complete Fashion-MNIST, 100 clients, per-class Dirichlet(0.1), 10 clients a round, 20 SGD steps of batch 32,
 lr 0.05, cnn of 215,370 parameters, plain average, no evaluation. W2: the same with SAM. The floor is a bare loop of
@@ -241,10 +241,11 @@ def middle(values):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rounds", type=int, default=12, help="timed rounds of each competitor")
+    p.add_argument("--rounds", type=int, default=8, help="timed rounds of each competitor")
     p.add_argument("--small", action="store_true", help="bundled images, one pass: does it work?")
     p.add_argument("--out", type=pathlib.Path, default=HERE / "results" / "bench.json")
     args = p.parse_args()
+    args.rounds = 1 if args.small else args.rounds
     import experiment
     report = {"machine": experiment.machine()}
     for name, algo in (("W1", "fedavg"), ("W2", "fedsam"))[:1 if args.small else 2]:
