@@ -108,9 +108,11 @@ def figure(path, found):
         axis.plot(x, [r["memory"] / 2**30 for r in rows], "s-", color="#D55E00", label="memory (GiB)")
         if name == "clients in all":
             axis.plot(x, [r["compose"] for r in rows], "^-", color="#009E73", label="seconds to start")
-        axis.plot(x, [rows[0]["round"] * v / x[0] for v in x] if name != "processes" else [rows[0]["round"] * x[0] / v for v in x], ":", color="#888888",
-                  label="linear" if name != "processes" else "ideal")
-        axis.set(xscale="log", yscale="log", xlabel=label, xticks=x, xticklabels=[f"{v:,}" for v in x])
+        if name != "processes":                             # one process already uses all cores, with threads
+            axis.plot(x, [rows[0]["round"] * v / x[0] for v in x], ":", color="#888888", label="linear")
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        if name != "parameters":
+            axis.set(xticks=x, xticklabels=[f"{v:,}" for v in x])
         axis.minorticks_off()
         axis.tick_params(axis="x", labelrotation=30)
         axis.legend(frameon=False, fontsize=8)
