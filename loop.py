@@ -77,11 +77,11 @@ class Memory:
     """
 
     def __init__(self, rows, like, file=None):
-        self.table, self.slot, self.file = like.new_zeros(0, rows, len(like)), {}, file
+        self.table, self.slot, self.file, self.device = like.new_zeros(0, rows, len(like)), {}, file, like.device
 
     def read(self, clients, default):
         """-> [m, p, d]; a client never seen has `default` [p, d].  Source: ours."""
-        return torch.stack([self.table[self.slot[i]] if i in self.slot else default for i in clients])
+        return torch.stack([self.table[self.slot[i]].to(self.device) if i in self.slot else default for i in clients])
 
     def write(self, clients, rows):
         """Keep rows [m, p, d].  Source: ours."""
@@ -89,7 +89,7 @@ class Memory:
             self.slot.setdefault(i, len(self.slot))
         if len(self.slot) > len(self.table):
             self.grow(len(self.slot) if self.file else max(len(self.slot), 2 * len(self.table)))
-        self.table[[self.slot[i] for i in clients]] = rows
+        self.table[[self.slot[i] for i in clients]] = rows.to(self.table.device)        # a file is the CPU's, also beside a GPU
 
     def restore(self, table, slot):
         """Take over saved rows: table [n, p, d].  Source: ours."""
@@ -116,14 +116,14 @@ class Federation:
     Source: McMahan et al. 2017, Algorithm 1, Server executes.
     """
 
-    def __init__(self, method, compressor=compress.Identity(), workers=1, chunk=1, memory_file=None):
+    def __init__(self, method, compressor=compress.Identity(), workers=1, chunk=1):
         task, cfg = method.task, method.cfg
         self.method, self.task, self.cfg, self.compressor, self.chunk = method, task, cfg, compressor, chunk
         self.w, self.t, self.up, self.down = task.w0.clone(), 0, 0, 0
         self.move = torch.zeros_like(task.w0)                        # w^t - w^{t-1}
         self.wire = compress.Identity(task.w0.dtype)                 # the downlink is not compressed
         self.residuals = self.method.uplinks if cfg.error_feedback else 0
-        self.memory = Memory(self.method.memory + self.residuals, task.w0, memory_file)
+        self.memory = Memory(self.method.memory + self.residuals, task.w0)
         self.holders, self.parcel = set(), 0                         # clients that have the method's parcel; its bytes
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 

@@ -257,6 +257,14 @@ def main(argv=None):
     """The command, in this process: -> exit code 0, 1 or 2, or 130 after Ctrl-C.  Source: this file's card."""
     ranks.join()
     try:
+        return obey(argv)
+    finally:
+        ranks.leave()
+
+
+def obey(argv):
+    """`main` inside a group of processes that it has joined: -> exit code."""
+    try:
         args = parser().parse_args(argv)
         if args.list:
             print(listing())
@@ -289,8 +297,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         complain(f"interrupted; continue with: python run.py --resume {folder}")
         return 130
-    finally:
-        ranks.leave()
 
 
 def command(argv=None):
