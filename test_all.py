@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ import config
 import data
 import experiment
 import fl
+import landscape
 import loop
 import models
 import ranks
@@ -1661,25 +1663,190 @@ def test_ranks_wrong_input_and_divergence_are_said_once(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------------- sharpness
+def symmetric(values, seed=0):
+    """A dense symmetric matrix with these eigenvalues; its eigenvectors."""
+    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed))
+    return q @ torch.diag(values.to(f64)) @ q.T, q
+
+
+def tiny_objective(bundled, model, n=60, chunk=25, **kw):
+    """The Objective of `model` on n of the bundled images, shrunk to 7 x 7 unless the model is a cnn; and the loss, written down plainly."""
+    small = slice(None) if model.shapes[0][-1] == 5 else slice(None, None, 4)
+    images = bundled.train._replace(x=bundled.train.x[:n, :, small, small], y=bundled.train.y[:n], mean=bundled.train.mean.double(), std=bundled.train.std.double())
+    x, y, _ = next(images.chunks(n))
+    return sharpness.Objective(model.apply, images, chunk=chunk, **kw), lambda v: F.cross_entropy(model.apply(v, x), y)
+
+
 def test_sharpness_lanczos_finds_the_ends_of_a_known_spectrum():
-    q, _ = torch.linalg.qr(randn(40, 40))
     for values in (torch.linspace(0.1, 7, 40), torch.cat([torch.linspace(-9, -1, 10), torch.linspace(0, 3, 30)])):
-        A = q @ torch.diag(values.to(f64)) @ q.T
+        A, _ = symmetric(values)
         ritz = sharpness.lanczos(lambda v: A @ v, randn(40, seed=3), 40, tolerance=0)
-        assert torch.allclose(ritz[[0, -1]], torch.stack([values.min(), values.max()]).to(f64), rtol=1e-9)
-    assert sharpness.extreme(ritz) == pytest.approx(-9)                              # the sign is reported
-    assert len(sharpness.lanczos(lambda v: 2 * v, randn(40), 40)) == 1               # one product exhausts the space
+        assert torch.allclose(ritz.values[[0, -1]], torch.stack([values.min(), values.max()]).to(f64), rtol=1e-9)
+        y = ritz.coordinates.T @ ritz.basis
+        assert torch.allclose(y @ y.T, torch.eye(len(y), dtype=f64), atol=1e-9) and torch.allclose(y @ A, ritz.values[:, None] * y, atol=1e-6)
+    assert len(sharpness.lanczos(lambda v: 2 * v, randn(40), 40).values) == 1        # one product exhausts the space
 
 
-def test_sharpness_top_eigenvalue_is_that_of_the_dense_hessian(bundled):
-    images = bundled.train._replace(x=bundled.train.x[:60, :, ::4, ::4], y=bundled.train.y[:60], mean=bundled.train.mean.double(),
-                                    std=bundled.train.std.double())
+def test_sharpness_top_eigenvalues_are_the_largest_in_magnitude_with_sign_and_vector():
+    values = torch.cat([torch.tensor([-9.0, 7, 5, -4.5]), torch.linspace(-3, 3, 96)])
+    A, q = symmetric(values)
+    top = sharpness.top_eigenvalues(lambda v: A @ v, randn(100), k=4, tolerance=1e-9)
+    assert torch.allclose(top.values, values[:4].to(f64), rtol=1e-8) and (top.errors <= 1e-9 * top.values.abs()).all()
+    assert torch.allclose((top.vectors @ q[:, :4]).abs(), torch.eye(4, dtype=f64), atol=1e-4)
+    for k in (0, 101):
+        with pytest.raises(ValueError, match=r"1\.\.100"):
+            sharpness.top_eigenvalues(lambda v: A @ v, randn(100), k)
+
+
+def test_sharpness_lanczos_stops_when_its_errors_are_small_and_they_are_honest():
+    for seed in range(5):
+        values = torch.cat([torch.tensor([8.0, 7, -6]), torch.randn(497, generator=seeded(seed))])
+        A, _ = symmetric(values, seed)
+        ritz, count = sharpness.lanczos(lambda v: A @ v, randn(500, seed=seed + 9), 100, tolerance=1e-4, k=3), []
+        top = ritz.values.abs().argsort(descending=True)[:3]
+        missing = (ritz.values[top] - values[:3]).abs()
+        assert (missing <= 2 * sharpness.errors(ritz)[top] + 1e-6).all() and (missing <= 2e-4 * values[:3].abs()).all()
+        assert len(ritz.values) < 30 and (missing <= ritz.residuals[top] + 1e-6).all()
+
+
+def test_sharpness_spectrum_of_a_network_is_that_of_the_dense_hessian(bundled):
     model = models.build("mlp", (1, 7, 7), 10, hidden=3, dtype=f64)
-    x, y, _ = next(images.chunks(60))
+    objective, loss = tiny_objective(bundled, model)
     for w in (model.w0, model.w0 + randn(len(model.w0))):
-        dense = torch.linalg.eigvalsh(torch.func.hessian(lambda v: F.cross_entropy(model.apply(v, x), y))(w))
-        top = sharpness.top_eigenvalue(model.apply, w, images, chunk=25, steps=60)
-        assert top == pytest.approx(sharpness.extreme(dense), rel=1e-4)
+        H = torch.func.hessian(loss)(w)
+        dense = torch.linalg.eigvalsh(H)
+        matvec = objective.hessian(w)
+        top = sharpness.top_eigenvalues(matvec, w, k=5, tolerance=1e-8)
+        assert torch.allclose(top.values, dense[dense.abs().argsort(descending=True)[:5]], rtol=1e-6)
+        ends = sharpness.lanczos(matvec, randn(len(w), seed=5), 60, tolerance=0).values[[0, -1]]
+        assert torch.allclose(ends, dense[[0, -1]], rtol=1e-6)
+        assert sharpness.top_eigenvalue(model.apply, w, objective.images) == pytest.approx(float(top.values[0]), rel=1e-4)
+    assert sharpness.top_eigenvalues(lambda v: -matvec(v), w).values[0] < 0                       # |lambda_min| > lambda_max
+
+
+def test_sharpness_chunks_threads_and_kept_graphs_change_nothing(bundled, monkeypatch):
+    model = models.build("cnn", (1, 28, 28), 10, width=2, hidden=4, dtype=f64)
+    v, w, anew = randn(len(model.w0)), model.w0, []
+    once = sharpness.hessian_vector
+    monkeypatch.setattr(sharpness, "hessian_vector", lambda *a: anew.append(1) or once(*a))
+    whole, loss = tiny_objective(bundled, model, 20, chunk=20)
+    assert whole.loss(w) == pytest.approx(float(loss(w)), rel=1e-12) and torch.allclose(whole.gradient(w), torch.func.grad(loss)(w), rtol=1e-9, atol=1e-14)
+    expected, pool = torch.func.jvp(torch.func.grad(loss), (w,), (v,))[1], ThreadPoolExecutor(2)
+    results = []
+    for each, memory, n in ((map, 2**30, 0), (pool.map, 2**30, 0), (map, 0, 3), (pool.map, 0, 3), (map, 600_000, 2)):
+        anew.clear()
+        objective, _ = tiny_objective(bundled, model, 20, chunk=7, each=each, memory=memory)
+        matvec = objective.hessian(w)
+        results.append((objective.loss(w), objective.gradient(w), matvec(v)))
+        assert len(anew) == n and torch.equal(matvec(v), results[-1][2])             # graphs are kept, and stay usable
+    for a, b, c in results:
+        assert a == results[0][0] and torch.equal(b, results[0][1]) and torch.equal(c, results[0][2])
+    assert torch.allclose(c, expected, rtol=1e-9, atol=1e-12) and torch.allclose(b, whole.gradient(w), rtol=1e-9, atol=1e-12)
+
+
+def test_sharpness_trace_is_exact_for_a_diagonal_and_knows_its_error():
+    values = torch.linspace(-1, 3, 20)
+    diagonal = sharpness.trace(lambda v: values * v, values, samples=1)
+    assert diagonal.estimate == pytest.approx(float(values.sum()), rel=1e-6) and math.isnan(diagonal.error)
+    assert sharpness.trace(lambda v: values * v, values, samples=5).error == pytest.approx(0, abs=1e-6)
+    A, _ = symmetric(values)
+    n, found = 3000, sharpness.trace(lambda v: A @ v, A[0], samples=3000)
+    assert abs(found.estimate - A.trace()) < 4 * found.error
+    assert n * found.error**2 == pytest.approx(float(2 * (A.square().sum() - A.diag().square().sum())), rel=0.15)
+
+
+def test_sharpness_spectrum_has_the_moments_of_the_matrix():
+    A, _ = symmetric(torch.cat([torch.tensor([-4.0, 9]), torch.linspace(-1, 1, 58)]))
+    spec = sharpness.spectrum(lambda v: A @ v, A[0], starts=3, steps=8, seed=2)
+    for p in range(16):                                                              # exact for the starts that were drawn
+        exact = torch.stack([v @ torch.linalg.matrix_power(A, p) @ v / 60 for v in sharpness.signs(3, A[0], 2)]).mean()
+        assert torch.allclose(spec.weights @ spec.values**p, exact, rtol=1e-8)
+    runs = [sharpness.spectrum(lambda v: A @ v, A[0], starts=1, steps=8, seed=s) for s in range(200)]
+    for p in (1, 2):                                                                 # and right on the mean
+        moments = torch.stack([r.weights @ r.values**p for r in runs])
+        assert abs(moments.mean() - torch.linalg.matrix_power(A, p).trace() / 60) < 4 * moments.std() / 200**0.5
+    for width in (None, 0.3):
+        x, y = sharpness.density(spec, 2000, width)
+        assert torch.trapezoid(y, x) == pytest.approx(1, abs=1e-4) and torch.trapezoid(x * y, x) == pytest.approx(float(spec.weights @ spec.values), abs=1e-3)
+    one, height = sharpness.density(sharpness.Spectrum(torch.tensor([2.0]), torch.tensor([1.0])), 1001, 0.3)
+    assert height[500] == pytest.approx(1 / (0.3 * math.sqrt(2 * math.pi)), rel=1e-4) and one[500] == pytest.approx(2)
+
+
+# --------------------------------------------------------------------------------------------------------- landscape
+def highest(A, g, rho):
+    """max of g'e + e'Ae / 2 in the ball (not concave there): e = (mu I - A)^{-1} g with mu > lambda_max such that ||e|| = rho, by bisection."""
+    values, q = torch.linalg.eigh(A)
+    c, low, high = q.T @ g, values[-1], values[-1] + g.norm() / rho
+    for _ in range(200):
+        mu = (low + high) / 2
+        low, high = (mu, high) if (c / (mu - values)).norm() > rho else (low, mu)
+    e = q @ (c / (high - values))
+    return float(g @ e + e @ A @ e / 2)
+
+
+@pytest.mark.parametrize("least", (0.1, -9.0))
+def test_landscape_sam_sharpness_is_the_maximum_over_the_ball(least):
+    A, _ = symmetric(torch.cat([torch.tensor([7.0, 5, least]), torch.linspace(0.2, 4, 37)]))
+    loss, rho = lambda w: float(w @ A @ w / 2), 0.3
+    at_minimum = landscape.sam_sharpness(loss, lambda w: A @ w, torch.zeros(40, dtype=f64), rho, steps=100)
+    assert at_minimum.ascent == pytest.approx(0.5 * 7 * rho**2, rel=1e-6) and at_minimum.one_step == 0 and at_minimum.rho == rho
+    w = randn(40, seed=1) * 0.1
+    g, found = A @ w, landscape.sam_sharpness(loss, lambda w: A @ w, w, rho, steps=100)
+    e = rho * g / g.norm()
+    assert found.one_step == pytest.approx(float(g @ e + e @ A @ e / 2), rel=1e-9)
+    assert found.ascent == pytest.approx(highest(A, g, rho), rel=1e-4) and found.ascent > found.one_step + 1e-3
+    assert landscape.sam_sharpness(loss, lambda w: A @ w, w, 0.0).ascent == 0
+
+
+def test_landscape_m_sharpness_is_the_mean_over_batches(bundled):
+    model = models.build("mlp", (1, 7, 7), 10, hidden=3, dtype=f64)
+    objective, loss = tiny_objective(bundled, model)
+    whole = landscape.sam_sharpness(objective.loss, objective.gradient, model.w0, 0.1, 5)
+    assert landscape.m_sharpness(objective, model.w0, 0.1, 60, 5) == pytest.approx(whole)
+    x, y, _ = next(objective.images.chunks(50))
+    parts = [lambda v, s=s: F.cross_entropy(model.apply(v, x[s]), y[s]) for s in (slice(0, 25), slice(25, 50))]        # the last 10 are left out
+    slow = [landscape.sam_sharpness(lambda v: float(part(v)), torch.func.grad(part), model.w0, 0.1, 5) for part in parts]
+    halves = landscape.m_sharpness(objective, model.w0, 0.1, 25, 5)
+    assert halves == pytest.approx(torch.tensor(slow, dtype=f64).mean(0).tolist()) and halves.ascent > whole.ascent
+    with pytest.raises(ValueError, match=r"1\.\.60"):
+        landscape.m_sharpness(objective, model.w0, 0.1, 61)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "convnet"])
+def test_landscape_every_filter_of_a_direction_has_the_length_of_the_models(name):
+    model = models.build(name, (1, 28, 28), 10, width=2, hidden=8)
+    d = landscape.filter_direction(model.w0, model.shapes, seed=3)
+    for p, q in zip(models.unflatten(model.w0, model.shapes), models.unflatten(d, model.shapes)):      # OIHW: independent of how w stores it
+        if p.dim() == 1:
+            assert not q.any()                                                       # biases and norms
+        else:
+            assert torch.allclose(q.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1), rtol=1e-5)
+            assert (F.cosine_similarity(p.flatten(1), q.flatten(1)).abs() < 1 - 1e-3).all()
+    assert torch.equal(d, landscape.filter_direction(model.w0, model.shapes, 3)) and sam.cosine(d, landscape.filter_direction(model.w0, model.shapes, 4)) < 0.5
+    zero = landscape.filter_direction(torch.zeros_like(d), model.shapes)
+    assert not zero.any()                                                            # and no 0 / 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_landscape_slices_do_not_see_a_rescaling_of_relu_layers(name, bundled):
+    model = models.build(name, (1, 28, 28) if name == "cnn" else (1, 7, 7), 10, width=2, hidden=4, dtype=f64)
+    objective, loss = tiny_objective(bundled, model, 20)
+    p = [q.clone() for q in models.unflatten(model.w0, model.shapes)]
+    for i, c in ((0, 5.0), (4, 0.3))[:len(p) // 4]:                                  # layer i, its bias and the next layer
+        p[i], p[i + 1], p[i + 2] = c * p[i], c * p[i + 1], p[i + 2] / c
+    curves = []
+    for w in (model.w0, models.flatten(p)):
+        d, e = (landscape.filter_direction(w, model.shapes, s) for s in (0, 1))
+        a, values = landscape.line(objective.loss, w, d, 5)
+        b, square = landscape.plane(objective.loss, w, d, e, 3, span=0.5)
+        assert a.tolist() == [-1, -0.5, 0, 0.5, 1] and b.tolist() == [-0.5, 0, 0.5]
+        assert values[2] == square[1, 1] == objective.loss(w) and values[4] == objective.loss(w + d)
+        assert square[2, 0] == pytest.approx(float(loss(w + 0.5 * d - 0.5 * e)), rel=1e-9) and torch.allclose(square[[0, 2], 1], values[[1, 3]], rtol=1e-9)
+        curves.append(torch.cat([values, square.flatten()]))
+    assert torch.allclose(*curves, rtol=1e-8) and curves[0].std() > 0.003
+    assert len(landscape.line(loss, model.w0, d)[0]) == 51
+    plain = [landscape.line(objective.loss, w, randn(len(w)) / len(w)**0.5, 5)[1] for w in (model.w0, models.flatten(p))]
+    assert not torch.allclose(*plain, rtol=1e-3)                                     # what the normalisation is for
 
 
 # -------------------------------------------------------------------------------------------------- config and run
@@ -1868,7 +2035,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "landscape", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -1892,7 +2059,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "landscape", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
