@@ -21,6 +21,7 @@ import compress
 import data
 import fl
 import models
+import split
 
 
 def option(default, text, *legal):
@@ -36,7 +37,7 @@ class Config:
     # data
     dataset: str = option("bundled", f"one of {', '.join(data.DATASETS)}, or a Keras-layout file PATH.npz")
     val: int = option(1000, "training images held out for tuning, class-balanced")
-    partition: str = option("dirichlet", "how images are split over clients (data.py)", *data.PARTITIONS)
+    partition: str = option("dirichlet", "how images are split over clients (split.py)", *split.PARTITIONS)
     alpha: float = option(0.1, "Dirichlet parameter of the split, above 0; small is skewed")
     classes_per_client: int = option(2, "for partition shards")
     min_size: int = option(10, "for partition dirichlet-class: least images of a client")
@@ -45,6 +46,8 @@ class Config:
     model: str = option("cnn", "network (models.py)", *models.MODELS)
     width: int = option(8, "channels of cnn's first layer")
     hidden: int = option(64, "units of the hidden layer of cnn and mlp")
+    depth: int = option(1, "hidden layers of mlp; 2 with hidden 200 is the FedAvg paper's 2NN")
+    stem: str = option("auto", "resnet18: first layers; auto is 3x3 without a pool for images up to 64 pixels, imagenet 7x7 with stride and pool", "auto", "imagenet")
     # federation
     clients: int = option(100, "number of clients N")
     participation: int = option(10, "clients per round m")
@@ -125,7 +128,7 @@ class Config:
         distils = issubclass(baselines.METHODS[self.algo], fl.Distilling)
         for name, low, high in (
                 ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
-                ("hidden", 1, 8192), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
+                ("hidden", 1, 8192), ("depth", 1, 100), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
                 ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
                 ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),

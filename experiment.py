@@ -32,6 +32,7 @@ import loop
 import models
 import ranks
 import sharpness
+import split
 import synth
 from config import Config
 from tools import plot
@@ -77,8 +78,9 @@ def compose(cfg):
         torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False                                # a GPU's convolutions in true float32, as on a CPU
     images = data.load(cfg.dataset, cfg.val, device)
-    model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device)
-    parts = data.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
+    model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device,
+                         depth=cfg.depth, stem=cfg.stem)
+    parts = split.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
     task = loop.Task(model, images.train, parts, cfg)
     chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
     workers = threads if device.type == "cpu" else 1

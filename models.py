@@ -5,12 +5,14 @@ compressor acts on exactly what is sent, and `torch.func.grad(loss)(w)` has the 
 trains many clients at once, with the code written for one.
 
     name      layers                                                                          d (28x28 grey, 10 classes)
-    mlp       one hidden layer of h units, ReLU                                               50,890 (h = 64)
+    mlp       hidden layers of h units (one; two are the "2NN" of the FedAvg paper), ReLU     50,890 (h = 64)
     cnn       two 5x5 convolutions (a, 2a channels) with 2x2 max-pool, a hidden layer of h    54,314 (a = 8,  h = 64)
               a = 32, h = 512 is the network of the FedAvg paper: 1,663,370; a = 16, h = 128: 215,370
+    lenet     two 5x5 convolutions to 64 channels, unpadded, 2x2 max-pool, hidden layers of 384 and 192   573,578
+              (FL-Simulator, FedASAM, MAN)
     convnet   three blocks of 3x3 convolution to 128 channels, instance norm, ReLU, 2x2 mean-pool (DynaFed)   308,746
     resnet18  torchvision's, with every BatchNorm replaced by GroupNorm(2); for images up to 64 pixels the CIFAR stem
-              (3x3, stride 1, no pool)                                                        11,172,810
+              (3x3, stride 1, no pool), unless stem = "imagenet" (7x7, stride 2, pool: FL-Simulator)    11,172,810
 
 Layout of w: parameters in the order of the nn.Module, each convolution weight stored as OHWI instead of PyTorch's OIHW.
 A view and a permutation then give a channels-last weight without a copy. `w.split` is used rather than slices, because
@@ -54,14 +56,20 @@ def unflatten(w, shapes):
 
 
 # Each network twice: the nn.Module gives the initial weights (and is the oracle of the tests), the function is what runs.
-def mlp_module(C, H, W, classes, hidden):
-    """nn.Module of `mlp`, for images [B, C, H, W].  Source: the "2NN" of McMahan et al. 2017 with one hidden layer."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(C * H * W, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+def mlp_module(C, H, W, classes, hidden, depth=1):
+    """nn.Module of `mlp` with `depth` hidden layers, for images [B, C, H, W].  Source: McMahan et al. 2017, whose "2NN" is depth 2."""
+    layers, size = [nn.Flatten()], C * H * W
+    for _ in range(depth):
+        layers, size = [*layers, nn.Linear(size, hidden), nn.ReLU()], hidden
+    return nn.Sequential(*layers, nn.Linear(size, classes))
 
 
 def mlp(p, x):
-    """p: 4 parameters, x [B, C, H, W] -> scores [B, classes].  Source: as mlp_module."""
-    return F.linear(F.relu(F.linear(x.flatten(1), p[0], p[1])), p[2], p[3])
+    """p: 2 (depth + 1) parameters, x [B, C, H, W] -> scores [B, classes].  Source: as mlp_module."""
+    x = x.flatten(1)
+    for weight, bias in zip(p[:-2:2], p[1:-2:2]):
+        x = F.relu(F.linear(x, weight, bias))
+    return F.linear(x, p[-2], p[-1])
 
 
 def cnn_module(C, H, W, classes, width, hidden):
@@ -72,11 +80,24 @@ def cnn_module(C, H, W, classes, width, hidden):
         nn.Flatten(), nn.Linear(2 * width * (H // 4) * (W // 4), hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
-def cnn(p, x):
-    """p: 8 parameters, x [B, C, H, W] -> scores [B, classes].  Source: as cnn_module."""
+def cnn(p, x, padding=2):
+    """p: 4 parameters of convolutions and those of an mlp, x [B, C, H, W] -> scores [B, classes].  Source: as cnn_module."""
     for weight, bias in ((p[0], p[1]), (p[2], p[3])):
-        x = F.relu(F.max_pool2d(F.conv2d(x, weight, bias, padding=2), 2))
-    return F.linear(F.relu(F.linear(x.flatten(1), p[4], p[5])), p[6], p[7])
+        x = F.relu(F.max_pool2d(F.conv2d(x, weight, bias, padding=padding), 2))
+    return mlp(p[4:], x)
+
+
+def lenet_module(C, H, W, classes):
+    """nn.Module of `lenet`, for images [B, C, H, W].  Source: the code of Caldarola et al. 2022, FL-Simulator and MAN."""
+    side = lambda s: ((s - 4) // 2 - 4) // 2                                                       # noqa: E731
+    return nn.Sequential(
+        nn.Conv2d(C, 64, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 64, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * side(H) * side(W), 384), nn.ReLU(), nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, classes))
+
+
+def lenet(p, x):
+    """p: 10 parameters, x [B, C, H, W] -> scores [B, classes].  Source: as lenet_module."""
+    return cnn(p, x, padding=0)
 
 
 def convnet_module(C, H, W, classes, width=128):
@@ -95,10 +116,10 @@ def convnet(p, x):
     return F.linear(x.flatten(1), p[12], p[13])
 
 
-def resnet18_module(C, H, W, classes):
+def resnet18_module(C, H, W, classes, stem="auto"):
     """nn.Module of `resnet18`, for images [B, C, H, W].  Source: He et al. 2016; GroupNorm(2), Hsieh et al. 2020."""
     net = import_torchvision().models.resnet18(num_classes=classes, norm_layer=lambda c: nn.GroupNorm(2, c))
-    if max(H, W) <= 64:
+    if max(H, W) <= 64 and stem == "auto":
         net.conv1, net.maxpool = nn.Conv2d(C, 64, 3, padding=1, bias=False), nn.Identity()
         net.avgpool = nn.AvgPool2d((-(-H // 8), -(-W // 8)))       # the same mean as the adaptive pool, which vmap runs slowly
     elif C != 3:
@@ -120,25 +141,28 @@ def functional(module):
     return apply
 
 
-MODELS = ["mlp", "cnn", "convnet", "resnet18"]
+MODELS = ["mlp", "cnn", "lenet", "convnet", "resnet18"]
 
 
-def build(name, image_shape, classes, width=8, hidden=64, seed=0, device="cpu", dtype=torch.float32):
+def build(name, image_shape, classes, width=8, hidden=64, seed=0, device="cpu", dtype=torch.float32, depth=1, stem="auto"):
     """A network for images [C, H, W]: -> Model with w0 [d] from PyTorch's default initialisation.
 
-    width: channels of cnn's first layer; hidden: units of cnn's or mlp's hidden layer. Raises ValueError for an unknown
+    width: channels of cnn's first layer; hidden: units of cnn's hidden layer or of mlp's, of which there are
+    `depth`. Raises ValueError for an unknown
     name.  Source: each network names its own.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "mlp":
-            module, function = mlp_module(*image_shape, classes, hidden), mlp
+            module, function = mlp_module(*image_shape, classes, hidden, depth), mlp
         elif name == "cnn":
             module, function = cnn_module(*image_shape, classes, width, hidden), cnn
+        elif name == "lenet":
+            module, function = lenet_module(*image_shape, classes), lenet
         elif name == "convnet":
             module, function = convnet_module(*image_shape, classes), convnet
         elif name == "resnet18":
-            module = resnet18_module(*image_shape, classes)
+            module = resnet18_module(*image_shape, classes, stem)
             function = functional(module.requires_grad_(False))
         else:
             raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")

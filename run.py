@@ -148,7 +148,7 @@ def listing(cfg=Config()):
 
     Bytes are those of one client in one round: lengths of buffers encoded here, for the network and the compressor of cfg.
     """
-    w = models.build(cfg.model, (1, 28, 28), 10, cfg.width, cfg.hidden).w0
+    w = models.build(cfg.model, (1, 28, 28), 10, cfg.width, cfg.hidden, depth=cfg.depth, stem=cfg.stem).w0
     one_up, wire = len(config.compressor(cfg, len(w)).encode(w)), compress.Identity()
     times = lambda n: "-" if n == 0 else "d" if n == 1 else f"{n} d"                                # noqa: E731
     rows = [("method", "parent", "gradients", "up", "bytes up", "down", "bytes down", "client keeps", "server keeps", "source")]

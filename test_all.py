@@ -41,6 +41,7 @@ import ranks
 import run
 import sam
 import sharpness
+import split
 import synth
 from compress import QSGD, Identity, Natural, RandK, Sign, SparseDithering, TopK
 from tools import plot, tradeoff
@@ -651,37 +652,56 @@ def test_data_bundled_images_are_balanced_and_the_three_sets_disjoint(bundled):
     assert weight.tolist() == [1, 0] and torch.allclose(x[0], (train.x[0].float() - train.x.float().mean()) / train.x.float().std(), atol=1e-4)
 
 
-@pytest.mark.parametrize("how", data.PARTITIONS)
-def test_data_partitions_use_no_image_twice(how):
+@pytest.mark.parametrize("how", split.PARTITIONS)
+def test_split_partitions_use_no_image_twice(how):
     y = torch.arange(3000) % 10
-    parts = data.partition(y, 40, how, alpha=0.1, classes_per_client=2, min_size=10, seed=3)
+    parts = split.partition(y, 40, how, alpha=0.1, classes_per_client=2, min_size=10, seed=3)
     used = torch.cat(parts)
-    assert len(parts) == 40 and len(used.unique()) == len(used) and len(used) >= 0.99 * 3000
-    assert all(map(torch.equal, parts, data.partition(y, 40, how, 0.1, 2, 10, seed=3)))
-    assert not all(len(a) == len(b) and torch.equal(a, b) for a, b in zip(parts, data.partition(y, 40, how, 0.1, 2, 10, seed=4)))
+    assert len(parts) == 40 and len(used) >= 0.99 * 3000
+    assert (len(used.unique()) == len(used)) == (how != "dirichlet-recycled")
+    assert all(map(torch.equal, parts, split.partition(y, 40, how, 0.1, 2, 10, seed=3)))
+    assert not all(len(a) == len(b) and torch.equal(a, b) for a, b in zip(parts, split.partition(y, 40, how, 0.1, 2, 10, seed=4)))
     sizes = [len(p) for p in parts]
-    if how in ("iid", "dirichlet"):
+    if how in ("iid", "dirichlet", "dirichlet-recycled"):
         assert set(sizes) == {75}
+    if how == "dirichlet-balanced":
+        assert 60 <= min(sizes) and max(sizes) <= 90
     assert min(sizes) >= 10
 
 
-def test_data_partitions_are_as_skewed_as_they_say():
+def test_split_partitions_are_as_skewed_as_they_say():
     y = torch.arange(6000) % 10
-    held = lambda how, **kw: [len(y[p].unique()) for p in data.partition(y, 50, how, **kw)]                   # noqa: E731
-    share = lambda alpha: np.mean([float(y[p].bincount().max() / len(p)) for p in data.partition(y, 50, "dirichlet", alpha)])  # noqa: E731
+    held = lambda how, **kw: [len(y[p].unique()) for p in split.partition(y, 50, how, **kw)]                   # noqa: E731
+    share = lambda alpha: np.mean([float(y[p].bincount().max() / len(p)) for p in split.partition(y, 50, "dirichlet", alpha)])  # noqa: E731
     assert max(held("shards", classes_per_client=3)) == 3 and min(held("iid")) == 10
     assert share(1e5) < 0.25 < 0.5 < share(0.1) and min(held("dirichlet", alpha=1e5)) == 10
-    sizes = [len(p) for p in data.partition(y, 50, "dirichlet-class", 0.1)]
+    sizes = [len(p) for p in split.partition(y, 50, "dirichlet-class", 0.1)]
     assert max(sizes) > 3 * 120 and min(sizes) == 10
 
 
-def test_data_partitions_refuse_the_impossible():
+def test_split_recycled_classes_follow_the_priors_where_drawing_without_replacement_cannot():
+    y = np.repeat(np.arange(10), 600)
+    pools = [np.flatnonzero(y == c) for c in range(10)]
+    prior = np.random.default_rng(1).dirichlet([0.1] * 10, 50)                       # the first thing that both draw
+    gap = [np.abs(np.stack([np.bincount(y[p], minlength=10) / len(p) for p in split.dirichlet_per_client(pools, 50, 0.1, np.random.default_rng(1), r)])
+                  - prior).sum(1).mean() for r in (False, True)]
+    assert gap[1] < 0.12 < 0.3 < gap[0]              # 120 draws of a prior differ from it by 0.1 in the mean
+
+
+def test_split_balanced_shares_are_doubly_stochastic_and_stay_skewed():
+    shares = split.doubly_stochastic(np.random.default_rng(0).dirichlet([0.16] * 80, 10))
+    assert np.allclose(shares.sum(1), 1) and np.allclose(shares.sum(0), 10 / 80, rtol=0.02) and (shares.max(0) / shares.sum(0)).mean() > 0.5
+    target = np.outer([1, 2, 3], [1, 1, 2, 4]) * 1.0                                  # rank one: every entry must become 1 / 4
+    assert np.allclose(split.doubly_stochastic(target), 1 / 4)
+
+
+def test_split_partitions_refuse_the_impossible():
     y = torch.arange(100) % 10
     for message, kw in (("above 0", dict(n_clients=5, alpha=0)), ("1..100", dict(n_clients=101)), ("unknown partition", dict(n_clients=5, how="x")),
                         ("min_size", dict(n_clients=20, how="dirichlet-class")), ("cannot cover", dict(n_clients=2, how="shards")),
                         ("cannot cover", dict(n_clients=5, how="shards", classes_per_client=11))):
         with pytest.raises(ValueError, match=message):
-            data.partition(y, **kw)
+            split.partition(y, **kw)
 
 
 def test_data_batches_are_epochs_or_full_steps():
@@ -794,7 +814,7 @@ def test_data_torchvision_imports_where_its_operators_cannot_load():
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)], ids=str)
 def test_models_flat_function_is_the_nn_module(name, shape):
     model = models.build(name, shape, 10, seed=5, dtype=f64)
-    build = {"mlp": lambda: models.mlp_module(*shape, 10, 64), "cnn": lambda: models.cnn_module(*shape, 10, 8, 64),
+    build = {"mlp": lambda: models.mlp_module(*shape, 10, 64), "cnn": lambda: models.cnn_module(*shape, 10, 8, 64), "lenet": lambda: models.lenet_module(*shape, 10),
              "convnet": lambda: models.convnet_module(*shape, 10), "resnet18": lambda: models.resnet18_module(*shape, 10)}[name]
     torch.manual_seed(5)
     module = build().double()
@@ -805,6 +825,20 @@ def test_models_flat_function_is_the_nn_module(name, shape):
     assert torch.allclose(model.apply(model.w0, x), module(x), rtol=1e-9, atol=1e-12)
     g = torch.func.grad(lambda w: F.cross_entropy(model.apply(w, x), y))(model.w0)
     assert torch.allclose(g, models.flatten(p.grad for p in module.parameters()), rtol=1e-7, atol=1e-12)
+
+
+def test_models_mlp_has_the_depth_it_was_given():
+    model = models.build("mlp", (1, 28, 28), 10, hidden=200, depth=2, dtype=f64)
+    assert len(model.w0) == 199_210                                                   # the 2NN of McMahan et al. 2017
+    W1, b1, W2, b2, W3, b3 = models.unflatten(model.w0, model.shapes)
+    x = randn(3, 1, 28, 28)
+    hidden = ((x.flatten(1) @ W1.T + b1).relu() @ W2.T + b2).relu()
+    assert torch.allclose(model.apply(model.w0, x), hidden @ W3.T + b3)
+
+
+def test_models_resnet18_has_the_stem_it_was_given():
+    small, large = (models.build("resnet18", (3, 32, 32), 10, stem=stem) for stem in ("auto", "imagenet"))
+    assert small.shapes[0] == (64, 3, 3, 3) and large.shapes[0] == (64, 3, 7, 7) and large.apply(large.w0, torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_models_convolution_weights_are_channels_last_views():
@@ -870,7 +904,7 @@ def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None,
     cfg = config.Config(algo=algo, model=model, **kw).check()
     train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
     net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
-    task = loop.Task(net, train, data.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
+    task = loop.Task(net, train, split.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
     fed = loop.Federation(baselines.METHODS[algo](task, cfg), compressor or Identity(dtype), workers=2, chunk=chunk)
     for _ in range(begin):
         fed.round()
@@ -1868,7 +1902,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -1892,7 +1926,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
