@@ -113,6 +113,7 @@ class Config:
     procs: int = option(0, "processes that share the clients of a round (ranks.py); 0 is 1, or what torchrun started")
     threads: int = option(0, "CPU threads of all processes together, each training one client at a time; 0 is all cores")
     chunk: int = option(0, "clients per vmap call, halved when a GPU's memory is too small; 1 is one after the other; 0 is 1 on a CPU and all on a GPU")
+    compile: bool = option(False, "fuse the operations of a local step by torch.compile: needs a C++ compiler, one client after the other, and half a minute at the start")
     memory_file: bool = option(False, "keep what clients remember in a file of the run's folder, mapped into memory")
     deterministic: bool = option(False, "refuse operations that are not reproducible on a GPU")
     checkpoint_every: int = option(5, "rounds between checkpoints")
@@ -142,6 +143,8 @@ class Config:
                                  (f"at least {low}" if high is None else f"in {low}..{high}"))
         if distils and self.warmup >= self.rounds:
             raise ValueError(f"warmup = {self.warmup} leaves {self.algo} no round of {self.rounds} after its synthesis; it must be below rounds")
+        if self.compile and self.chunk > 1:
+            raise ValueError(f"compile needs one client after the other; chunk = {self.chunk} must be 1 or 0")
         if self.error_feedback and self.compress == "randk" and self.scaled:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
         if self.compress == "dithering" and self.nu >= 1 and (self.error_feedback or not self.randomized):
@@ -165,7 +168,7 @@ class Config:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-MACHINE = ("device", "procs", "threads", "chunk", "memory_file", "deterministic", "checkpoint_every")
+MACHINE = ("device", "procs", "threads", "chunk", "compile", "memory_file", "deterministic", "checkpoint_every")
 
 
 def closest(word, legal):

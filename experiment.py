@@ -82,7 +82,7 @@ def compose(cfg):
                          depth=cfg.depth, stem=cfg.stem)
     parts = split.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
     task = loop.Task(model, images.train, parts, cfg)
-    chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
+    chunk = cfg.chunk or (1 if device.type == "cpu" or cfg.compile else cfg.participation)
     workers = threads if device.type == "cpu" else 1
     return images, loop.Federation(baselines.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), workers, chunk)
 
@@ -158,7 +158,7 @@ def runs_beside(folder):
 
 def save(folder, fed, seconds, log_length):
     """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length."""
-    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg")}
+    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg", "functional")}
     state = {"settings": fed.cfg.hash(), "t": fed.t, "w": fed.w, "move": fed.move, "up": fed.up, "down": fed.down, "method": method,
              "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "parcel": fed.parcel, "seconds": seconds, "log": log_length}
     with open(folder / "checkpoint.tmp", "wb") as f:

@@ -60,17 +60,17 @@ class FedAvg:
     memory = 0                                  # vectors [d] that a client keeps between its rounds
     uplinks = 1                                 # vectors [d] that a client sends in a round
     gradients = 1                               # gradients that a client computes in a local step, for `run.py --list`
-    vmapped = False                             # True while clients are trained under torch.func.vmap
+    functional = False                          # True where torch.func must take the gradients: under vmap and torch.compile
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg         # whatever else a method puts on itself is saved in checkpoints
 
     def grad_of(self, loss, w):
-        """The gradient of a scalar function loss(w) at w [d] -> [d]; outside vmap plain autograd, 1.5x faster on threads.
+        """The gradient of a scalar function loss(w) at w [d] -> [d]; plain autograd, 1.5x faster on threads, where it may be.
 
         Source: definition.
         """
-        if self.vmapped:
+        if self.functional:
             return torch.func.grad(loss)(w)
         w = w.detach().requires_grad_()
         return torch.autograd.grad(loss(w), w)[0]

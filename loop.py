@@ -57,7 +57,12 @@ class Task:
         return self.cfg.local_epochs * -(-self.sizes[client] // self.cfg.batch) or self.cfg.local_steps
 
 
-def local_training(method, w, memory, plan, lr):
+def local_step(method, w, rows, me, lr):
+    """One step of one client from w [d] on the batch `rows` -> (w [d], me).  Source: fl.py, FedAvg.step."""
+    return method.step(w, rows, me, lr, method.direction(w, rows, me))
+
+
+def local_training(method, w, memory, plan, lr, step=local_step):
     """One client's round, the pure function that is vmapped: K steps from w [d] with its memory [p, d] and plan [K, B, ...].
 
     A step whose batch is all padding changes nothing: clients with fewer steps wait for the others of their chunk.
@@ -65,8 +70,7 @@ def local_training(method, w, memory, plan, lr):
     """
     me, alive = Client(w, memory), (plan[..., 0] >= 0).any(1).to(w.dtype)
     for k in range(len(plan)):
-        uphill = method.direction(w, plan[k], me)
-        w, me = method.step(w, plan[k], me, lr * alive[k], uphill)
+        w, me = step(method, w, plan[k], me, lr * alive[k])
     return method.finish(w, me, alive.sum(), lr)
 
 
@@ -125,6 +129,8 @@ class Federation:
         self.residuals = self.method.uplinks if cfg.error_feedback else 0
         self.memory = Memory(self.method.memory + self.residuals, task.w0)
         self.holders, self.parcel = set(), 0                         # clients that have the method's parcel; its bytes
+        self.step = torch.compile(local_step, dynamic=False) if cfg.compile else local_step
+        self.method.functional = cfg.compile
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def clients(self, t):
@@ -220,7 +226,7 @@ class Federation:
         """
         own, lr, done = memory[:, :self.method.memory], self.lr(t), 0
         if self.chunk == 1:
-            yield from self.pool.map(lambda c: then(c, *local_training(self.method, w, own[c], plans[c], lr)), range(len(plans)))
+            yield from self.pool.map(lambda c: then(c, *local_training(self.method, w, own[c], plans[c], lr, self.step)), range(len(plans)))
             return
         while done < len(plans):
             try:
@@ -238,11 +244,11 @@ class Federation:
         """`local_training` of some clients under vmap, from w [d]: -> (sent [m, uplinks, d], kept [m, p, d]).  Source: torch.func."""
         K = max(map(len, plans))
         padded = torch.stack([F.pad(p, (0, 0) * (p.dim() - 1) + (0, K - len(p)), value=-1) for p in plans])
-        self.method.vmapped = True
+        self.method.functional = True
         try:
             return torch.func.vmap(lambda m, p: local_training(self.method, w, m, p, lr))(memory, padded)
         finally:
-            self.method.vmapped = False
+            self.method.functional = False
 
     def uplink(self, client, t, memory, sent, kept):
         """A client's vectors through the wire, in round t: its rows before [p + residuals, d], sent [uplinks, d], kept [p, d].

@@ -1088,6 +1088,15 @@ def test_fl_number_of_workers_changes_nothing(bundled):
     assert torch.equal(feds[0].w, feds[1].w)
 
 
+def test_fl_compiled_steps_give_the_same_numbers(bundled, monkeypatch):
+    compiled, compiler = [], torch.compile                                            # without the C++ behind it, which takes half a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled.append(f) or compiler(f, backend="aot_eager", **kw))
+    plain, fused = (vision("fedsynsam", bundled, compile=c, weight_decay=1e-3) for c in (False, True))
+    for _ in range(4):
+        plain.round(), fused.round()
+    assert compiled == [loop.local_step] and torch.allclose(plain.w, fused.w, rtol=0, atol=1e-10)
+
+
 def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch):
     whole, tried = vision("fedsam", bundled, chunk=4, begin=1), []
     at_once = loop.Federation.at_once
