@@ -152,8 +152,8 @@ class FedAdam(fl.FedAvg):
 
         m = b1 m + (1 - b1) delta     v = b2 v + (1 - b2) delta^2     w^{t+1} = w^t + eta_g m / (sqrt(v) + eps)
 
-    w [d]; 1 gradient a step; d floats up and down; server m, v [2, d], 0 at first. A coordinate moves by up to about eta_g, so
-    server_lr must be far below FedAvg's 1 (FL-Simulator: 0.1 or 0.05). Whether v should start at eps^2 the paper's text was
+    w [d]; 1 gradient a step; d floats up and down; server m, v [2, d], 0 at first. A coordinate moves by up to about eta_g, so it
+    must be far below FedAvg's 1 and is a setting of its own, adam_lr. Whether v should start at eps^2 the paper's text was
     not at hand to settle; here it starts at 0.  Source: FL-Simulator's code of Reddi et al. 2021 (FedAdam), Algorithm 2.
     """
 
@@ -165,7 +165,7 @@ class FedAdam(fl.FedAvg):
         c = self.cfg
         self.m = c.adam_b1 * self.m + (1 - c.adam_b1) * mean[0]
         self.v = c.adam_b2 * self.v + (1 - c.adam_b2) * mean[0].square()
-        return w + c.server_lr * self.m / (self.v.sqrt() + c.adam_eps)
+        return w + c.adam_lr * self.m / (self.v.sqrt() + c.adam_eps)
 
 
 # --------------------------------------------------------------------------------------------------------- crossings

@@ -59,7 +59,7 @@ class Config:
     lr_decay: float = option(1.0, "eta is multiplied by this after every round")
     weight_decay: float = option(0.0, "added to the gradient as weight_decay * w, after clipping")
     clip: float = option(10.0, "largest l2 norm of a gradient step; 0 is off")
-    server_lr: float = option(1.0, "learning rate eta_g of the server; FedAdam needs about 0.1 or less; FedDyn and its crossings do not use it")
+    server_lr: float = option(1.0, "learning rate eta_g of the server; FedDyn and its crossings and FedAdam do not use it")
     average: str = option("uniform", "weights of the clients in the mean", "uniform", "size")
     # uplink
     compress: str = option("qsgd", "compressor of the uplink (compress.py)", *compress.COMPRESSORS)
@@ -80,6 +80,7 @@ class Config:
     prox_clip: bool = option(True, "clip the spring too [ours]; --no-prox-clip lets lambda * w pass unclipped, like weight decay [FL-Simulator]")
     variate: float = option(1.0, "SCAFFOLD, FedGAMMA, FedLESAM-S: factor of c - c_i [paper; FedLESAM-S's code 0.1]; 0 is without")
     momentum_alpha: float = option(0.1, "FedCM, MoFedSAM: weight of a client's own gradient, above 0; 1 is without momentum [FL-Simulator]")
+    adam_lr: float = option(0.1, "FedAdam: eta_g, its learning rate at the server; a coordinate moves by up to about this in a round [FL-Simulator]")
     adam_b1: float = option(0.9, "FedAdam: decay of the first moment a round, below 1 [FL-Simulator]")
     adam_b2: float = option(0.99, "FedAdam: decay of the second moment a round, below 1 [FL-Simulator]")
     adam_eps: float = option(0.01, "FedAdam: added to the root of the second moment, per unit of w, above 0 [FL-Simulator]")
@@ -108,6 +109,7 @@ class Config:
     eval_every: int = option(2, "rounds between evaluations (the last round is always evaluated)")
     last: int = option(5, "the reported accuracy is the mean over this many last evaluations")
     measure_images: int = option(2000, "training images for eigenvalue and alignment")
+    preset: str = option("", "published table whose settings the others started from (presets.py); says which number to print beside ours")
     # machine: these change seconds, not the experiment, and are left out of the settings hash
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
     procs: int = option(0, "processes that share the clients of a round (ranks.py); 0 is 1, or what torchrun started")
@@ -131,7 +133,7 @@ class Config:
                 ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
                 ("hidden", 1, 8192), ("depth", 1, 100), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
                 ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
-                ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
+                ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("prox", 0, None),
                 ("variate", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
@@ -149,7 +151,7 @@ class Config:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
         if self.compress == "dithering" and self.nu >= 1 and (self.error_feedback or not self.randomized):
             raise ValueError(f"nu = {self.nu:g} promises nothing to error_feedback or without randomized; it must be below 1")
-        for name in ("alpha", "lr", "server_lr", "k", "syn_step", "momentum_alpha", "adam_eps"):
+        for name in ("alpha", "lr", "lr_decay", "server_lr", "adam_lr", "k", "syn_step", "momentum_alpha", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
         return self
@@ -168,7 +170,7 @@ class Config:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-MACHINE = ("device", "procs", "threads", "chunk", "compile", "memory_file", "deterministic", "checkpoint_every")
+MACHINE = ("preset", "device", "procs", "threads", "chunk", "compile", "memory_file", "deterministic", "checkpoint_every")
 
 
 def closest(word, legal):

@@ -30,6 +30,7 @@ import data
 import fl
 import loop
 import models
+import presets
 import ranks
 import sharpness
 import split
@@ -294,7 +295,7 @@ def measured(folder, fed, rows, seconds):
     mix = cfg.mix if 0 < cfg.mix < 1 else 0.5             # at 0 and 1 the mixture is one of its ingredients: show the middle
     align = sharpness.alignment(fed, rows, mix)
     matching = getattr(fed.method, "matching", [])[-20:]
-    return {"algo": cfg.algo, "seed": cfg.seed, "settings": cfg.hash(), "d": len(fed.w),
+    return {"algo": cfg.algo, "seed": cfg.seed, "preset": cfg.preset, "published": presets.published(cfg), "settings": cfg.hash(), "d": len(fed.w),
             "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
             "averaged": [x["round"] for x in lines],
             "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows, each=fed.pool.map),

@@ -37,6 +37,7 @@ import experiment
 import fl
 import loop
 import models
+import presets
 import ranks
 import run
 import sam
@@ -1272,7 +1273,7 @@ def oracle(algo, fed, grad, biases, rounds):
             m = -mean / (eta * sum(K.values()) / len(K))
         if algo == "fedadam":
             m, v = cfg.adam_b1 * m + (1 - cfg.adam_b1) * mean, cfg.adam_b2 * v + (1 - cfg.adam_b2) * mean**2
-            w = w + cfg.server_lr * m / (v.sqrt() + cfg.adam_eps)
+            w = w + cfg.adam_lr * m / (v.sqrt() + cfg.adam_eps)
         else:
             w = w + (mean + sum(h_i) / N if algo in WITH_H else cfg.server_lr * mean)
     rows = [c_i] * (algo in WITH_C) + [h_i] * (algo in WITH_H) + [mu_i] * (algo == "fedsmoo") + [old] * ("lesam" in algo)
@@ -1292,7 +1293,7 @@ def agrees_with_oracle(algo, fed, grad, biases, rounds=6):
     assert all(near(getattr(fed.method, k), v) for k, v in state.items() if hasattr(fed.method, k))
 
 
-KNOBS = {"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "adam_eps": 0.1, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
+KNOBS = {"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "adam_eps": 0.1, "adam_lr": 0.6, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
 
 
 @pytest.mark.parametrize("algo", TWELVE)
@@ -1454,11 +1455,11 @@ def test_baselines_fedcm_momentum_is_the_last_mean_update_in_gradient_scale():
 def test_baselines_fedadam_steps_are_its_formula():
     task = Quadratics()
     delta = quad(task, "fedavg").w - task.w0
-    fed = quad(task, "fedadam", server_lr=0.05)
+    fed = quad(task, "fedadam", adam_lr=0.05)
     assert torch.allclose(fed.w - task.w0, 0.05 * 0.1 * delta / (0.1 * delta.abs() + 0.01), rtol=1e-12)        # (1 - 0.99)^0.5 = 0.1
-    large = quad(task, "fedadam", rounds=3, server_lr=1e9, adam_eps=1e9, adam_b1=0.0, adam_b2=0.0)             # eps drowns sqrt(v)
+    large = quad(task, "fedadam", rounds=3, adam_lr=1e9, adam_eps=1e9, adam_b1=0.0, adam_b2=0.0)             # eps drowns sqrt(v)
     assert torch.allclose(large.w, quad(task, "fedavg", rounds=3).w, rtol=1e-8)
-    sign = quad(task, "fedadam", server_lr=0.05, adam_eps=1e-300, adam_b1=0.0, adam_b2=0.0)
+    sign = quad(task, "fedadam", adam_lr=0.05, adam_eps=1e-300, adam_b1=0.0, adam_b2=0.0)
     assert torch.allclose(sign.w - task.w0, 0.05 * delta.sign(), rtol=1e-9)
 
 
@@ -1736,7 +1737,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "baselines.py", "synth.py", "loop.py", "experiment.py", "config.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "baselines.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -1752,6 +1753,30 @@ def test_config_names_every_compressor_with_its_settings():
     assert make(compress="dithering", nu=2) == SparseDithering(2) and make() == QSGD(1, "max", 512)
 
 
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_legal_settings_and_find_their_published_numbers(name):
+    table = presets.PRESETS[name].published
+    assert len(table) >= 6 and "arXiv" in presets.PRESETS[name].source + "arXiv" * name.startswith("flsim")
+    for (algo, split, man), number in table.items():
+        how = {"partition": "iid"} if split == "iid" else {"alpha": split}
+        cfg = config.Config(algo=algo, **{**presets.fields(name, algo), **how, "man": man, "seed": 3}).check()
+        assert presets.published(cfg) == number and 10 < number < 100
+        for change in ({"rho": 0.3}, {"clients": 101}, {"partition": "shards"}, {"preset": ""}, {"alpha": 7.0, "partition": cfg.partition if split != "iid" else "dirichlet"}):
+            assert presets.published(dataclasses.replace(cfg, **change)) is None
+    assert dataclasses.replace(cfg, preset="").hash() == cfg.hash()                   # where settings came from does not change them
+
+
+def test_presets_print_the_published_number_beside_ours_and_yield_to_flags(tmp_path, capsys, monkeypatch):
+    words = run.parser().parse_args("--preset fedwmsam-fmnist --algo fedsam fedsmoo fedavg --batch 25".split())
+    rho = {c.algo: (c.rho, c.batch, c.model, c.preset) for c in run.configs_of(words)}
+    assert rho == {"fedsam": (0.01, 25, "mlp", "fedwmsam-fmnist"), "fedsmoo": (0.1, 25, "mlp", "fedwmsam-fmnist"), "fedavg": (0.1, 25, "mlp", "fedwmsam-fmnist")}
+    tiny = {"rounds": 2, "clients": 4, "participation": 2, "local_steps": 1, "model": "mlp", "hidden": 4, "measure_images": 50, "alpha": 0.5}
+    monkeypatch.setitem(presets.PRESETS, "tiny", presets.Preset("A paper (arXiv 1), table 2", tiny, {}, presets.rows((0.5,), "fedavg 12.34")))
+    assert "| published % |" in (out := main(capsys, "--preset", "tiny", "--algo", "fedavg", "fedcm", "--out", tmp_path)[1]) and "| 12.34 |" in out and "| - |" in out
+    assert "12.34 % test (A paper (arXiv 1))" in main(capsys, "--preset", "tiny", "--algo", "fedavg", "--out", tmp_path)[1]
+    assert "12.34" not in main(capsys, "--preset", "tiny", "--algo", "fedavg", "--out", tmp_path, "--lr", 0.3)[1]
+
+
 @pytest.mark.parametrize("words, hint", [
     ("--algo fedsinsam", "did you mean 'fedsynsam'"), ("--algo FEDAVG", "'fedavg'"), ("--alpha 0", "alpha = 0.0 must be above 0"),
     ("--alpha -1", "above 0"), ("--alpha nan", "not a finite number"), ("--clients 9001 --participation 1", "must be in 1..9000"),
@@ -1764,7 +1789,7 @@ def test_config_names_every_compressor_with_its_settings():
     ("--name a/b", "plain folder name"), ("--seeds 0", "1..1000"), ("--window 99", "1..10"), ("--partition shards --classes-per-client 11", "cannot cover"),
     ("--warmup 9 --rounds 9", "below rounds"), ("--compress randk --error-feedback", "contractive"), ("--dataset {names}", "classes is (2,)"),
     ("--clients 5000 --participation 1 --partition shards --classes-per-client 2", "without images"), ("--resume {folder} --rounds 3", "leave out --rounds"),
-    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"),
+    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--preset fedwmsam", "did you mean 'fedwmsam-fmnist'"), ("--lr-decay 0", "above 0"),
     ("--momentum-alpha 0", "above 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
@@ -1935,7 +1960,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "ranks", "loop", "config", "presets", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
