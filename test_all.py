@@ -520,6 +520,28 @@ def test_sam_adaptive_does_not_see_a_rescaling_of_relu_layers():
     assert abs(float(loss(sam.perturb(w, torch.func.grad(loss)(w), 0.5)) - at_rim(w))) > 1e-6              # SAM is another map
 
 
+def test_sam_centralising_is_the_slow_loop_over_a_modules_parameters():
+    """The module's own shapes, OIHW and without any flat vector; and what is known of a projection."""
+    model, module = models.build("cnn", (3, 16, 16), 10, 4, 6, dtype=f64), models.cnn_module(3, 16, 16, 10, 4, 6).double()
+    for n, p in enumerate(module.parameters()):
+        p.data = randn(*p.shape, seed=n) + n
+    g, slow = models.flatten(p.detach() for p in module.parameters()), []
+    for p in module.parameters():
+        q = p.detach().clone()
+        for out in range(len(q) if q.dim() > 1 else 0):
+            q[out] -= q[out].sum() / q[out].numel()
+        slow.append(q)
+    fast, biases = sam.centralise(g, model.shapes), ~model.weights
+    assert torch.allclose(fast, models.flatten(slow), rtol=1e-12, atol=1e-12) and (fast - g).norm() > 1
+    assert torch.equal(fast[biases], g[biases]) and torch.allclose(sam.centralise(fast, model.shapes), fast, atol=1e-12)
+    assert float(fast @ (g - fast)) == pytest.approx(0, abs=1e-9) and fast.norm() < g.norm()
+    assert torch.equal(sam.centralise(g, [g.shape]), g)                              # one dimension: nothing to centralise
+    w, far = randn(len(g), seed=9), lambda *a: sam.perturb_centralised(w, g, 0.3, model.shapes, *a) - w                # noqa: E731
+    assert float(far().norm()) == pytest.approx(0.3, rel=1e-9) and torch.allclose(far(), 0.3 * fast / fast.norm())
+    assert far(True).norm() < 0.299 and torch.allclose(far(True), 0.3 * fast / g.norm())       # the released code climbs less far
+    assert torch.equal(sam.perturb_centralised(w, g, 0.0, model.shapes), w) and torch.equal(sam.perturb_centralised(w, 0 * g, 0.3, model.shapes), w)
+
+
 def test_sam_mixing_ends_at_its_two_ingredients():
     a, b = randn(5), randn(5, seed=1)
     assert torch.equal(sam.mix_directions(a, b, 0.0, False), a) and torch.equal(sam.mix_directions(a, b, 1.0, False), b)
@@ -836,6 +858,43 @@ def test_models_mlp_has_the_depth_it_was_given():
     assert torch.allclose(model.apply(model.w0, x), hidden @ W3.T + b3)
 
 
+def hooked_activity(module, x):
+    """What a network's nn.ReLU modules let through, its mean square per image and summed over the calls -> [B]."""
+    outs = []
+    hooks = [m.register_forward_hook(lambda m, x, a: outs.append(a.clone())) for m in module.modules() if isinstance(m, nn.ReLU)]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([sum((a[b] ** 2).sum() / a[b].numel() for a in outs) for b in range(len(x))]), len(outs)
+
+
+@pytest.mark.parametrize("name, layers", [("mlp", 2), ("cnn", 3), ("lenet", 4), ("convnet", 3), ("resnet18", 17)])
+def test_models_activity_is_what_hooks_on_the_modules_relus_see(name, layers):
+    """Before pooling, every call of every ReLU, no scores; its gradient too."""
+    shape, kind = (3, 20, 20), getattr(models, f"{name}_module")
+    model = models.build(name, shape, 7, 4, 10, seed=2, dtype=f64, depth=2)
+    torch.manual_seed(2)
+    module = kind(*shape, 7, *{"mlp": (10, 2), "cnn": (4, 10)}.get(name, ())).double()
+    x = randn(3, *shape)
+    scores, activity = model.watched(model.w0, x)
+    slow, calls = hooked_activity(module, x)
+    assert calls == layers and activity.shape == (3,) and torch.allclose(activity, slow, rtol=1e-9)
+    assert torch.allclose(scores, model.apply(model.w0, x), rtol=1e-12, atol=1e-12)
+    slow.sum().backward()
+    g = torch.func.grad(lambda w: model.watched(w, x)[1].sum())(model.w0)
+    assert torch.allclose(g, models.flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()), rtol=1e-7, atol=1e-12)
+    assert g.norm() > 0.01
+
+
+def test_models_activity_is_a_mean_so_twice_the_units_are_as_active():
+    model, x = models.build("mlp", (1, 4, 4), 3, hidden=5, dtype=f64), randn(6, 1, 4, 4)
+    W, b, V, c = models.unflatten(model.w0, model.shapes)
+    wide = models.build("mlp", (1, 4, 4), 3, hidden=10, dtype=f64)
+    w = models.flatten([torch.cat([W, W]), torch.cat([b, b]), torch.cat([V, V], 1) / 2, c])
+    for one, two in zip(model.watched(model.w0, x), wide.watched(w, x)):
+        assert torch.allclose(one, two, rtol=1e-12)
+
+
 def test_models_resnet18_has_the_stem_it_was_given():
     small, large = (models.build("resnet18", (3, 32, 32), 10, stem=stem) for stem in ("auto", "imagenet"))
     assert small.shapes[0] == (64, 3, 3, 3) and large.shapes[0] == (64, 3, 7, 7) and large.apply(large.w0, torch.zeros(1, 3, 32, 32)).shape == (1, 10)
@@ -872,6 +931,7 @@ class Quadratics:
         self.A = torch.eye(d, dtype=f64) + 0.1 * M @ M.transpose(1, 2)
         self.c, self.w0 = spread * randn(n, d, seed=seed + 1), randn(d, seed=seed + 2)
         self.sizes, self.steps, self.weights = sizes or [1] * n, steps, None
+        self.shapes = [(2, (d - 1) // 2), (d - 2 * ((d - 1) // 2),)]                 # a matrix and a bias, for GCSAM
         self.best = torch.linalg.solve(self.A.mean(0), (self.A @ self.c[..., None]).mean(0)[:, 0])
 
     def loss(self, w, rows):
@@ -1027,6 +1087,81 @@ def test_fl_dynafed_without_server_epochs_is_fedavg(bundled):
     assert synth.synthetic_loss(tuned.task.apply, tuned.w, s) < synth.synthetic_loss(tuned.task.apply, plain, s)
 
 
+def test_fl_man_zero_is_the_base_bit_for_bit(bundled):
+    for algo, model in (("fedsam", "cnn"), ("feddyn", "mlp")):
+        fed = vision(algo, bundled, torch.float32, model=model)
+        fed.task.watched = None                                                      # not even called
+        for _ in range(2):
+            fed.round()
+        assert torch.equal(fed.w, vision(algo, bundled, torch.float32, model=model, man=0.0, begin=2).w)
+        assert not torch.equal(fed.w, vision(algo, bundled, torch.float32, model=model, man=0.1, begin=2).w)
+
+
+def test_fl_man_adds_its_gradient_to_that_of_cross_entropy(bundled):
+    """One hidden layer: (zeta / (B n)) sum over real images of (a_b 1[a_b > 0]) x_b' on W1, the same without x_b on b1, 0 above."""
+    zeta, n = 0.15, 8
+    plain, fed = vision("fedavg", bundled), vision("fedavg", bundled, man=zeta)
+    rows = F.pad(fed.plans([0], 0)[0][0][:5], (0, 0, 0, 3), value=-1)                # three of the eight are padding
+    train, w = fed.task.train, fed.w
+    x = ((train.x[rows[:5, 0]].double() - train.mean) / train.std).flatten(1)
+    W, b, _, _ = models.unflatten(w, fed.task.shapes)
+    by_hand = [torch.zeros_like(p) for p in models.unflatten(w, fed.task.shapes)]
+    for image in x:
+        a = (W @ image + b).relu()
+        by_hand[0] += zeta / (5 * n) * torch.outer(a, image)
+        by_hand[1] += zeta / (5 * n) * a
+    g = fed.method.grad(w, rows) - plain.method.grad(w, rows)
+    assert torch.allclose(g, models.flatten(by_hand), rtol=1e-9, atol=1e-12) and g.norm() > 1e-3
+    assert torch.allclose(fed.method.grad(w, rows), fed.method.grad(w, rows[:5]), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("algo", ["fedsam", "fedasam", "gcsam", "fedsynsam"])
+def test_fl_man_is_in_the_ascent_and_in_the_descent(algo, bundled):
+    """One step of SAM against the whole loss, built here from a module and its hooks; g_syn stays plain cross-entropy."""
+    fed, zeta = vision(algo, bundled, man=0.3, rho=0.2, mix=0.25), 0.3
+    fed.method.synthetic = synth.first_guess(1, 10, (1, 28, 28), 5.0, 0.1, seeded(), fed.w)
+    net, train, rows, w = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train, fed.plans([0], 3)[0][0], fed.w
+    x, y = (train.x[rows[:, 0]].double() - train.mean) / train.std, train.y[rows[:, 0]]
+
+    def whole(v, zeta):
+        nn.utils.vector_to_parameters(v, net.parameters())
+        loss = F.cross_entropy(net(x), y) + zeta / 2 * hooked_activity(net, x)[0].mean()
+        return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+    me, shapes = fl.Client(w, w[:0]), fed.task.shapes
+    G = fed.method.gradient(w, rows, me, fed.method.direction(w, rows, me))
+
+    def sam_of(up, down):
+        u, grad = whole(w, up), lambda v: whole(v, down)                             # noqa: E731
+        if algo == "fedsynsam":
+            s = fed.method.synthetic
+            syn = torch.func.grad(lambda v: synth.soft_cross_entropy(fed.task.apply(v, s.images), s.logits))(w)
+            u = 0.75 * u / u.norm() + 0.25 * syn / syn.norm()
+        if algo == "fedasam":
+            return grad(sam.perturb_adaptive(w, u, 0.2, 0.2, fed.task.weights))
+        if algo == "gcsam":
+            return sam.centralise(sam.sam_gradient(grad, w, sam.centralise(u, shapes), 0.2), shapes)
+        return sam.sam_gradient(grad, w, u, 0.2)
+    assert torch.allclose(G, sam_of(zeta, zeta), rtol=1e-8, atol=1e-12)
+    assert not any(torch.allclose(G, sam_of(*z), rtol=1e-4, atol=1e-8) for z in ((0, zeta), (zeta, 0)))
+
+
+def test_fl_man_is_not_seen_by_what_measures(bundled):
+    plain, fed = (vision("fedsynsam", bundled, man=z) for z in (0.0, 5.0))
+    measures = [(loop.evaluate(f.task.apply, plain.w, f.task.train), sharpness.top_eigenvalue(f.task.apply, plain.w, f.task.train, torch.arange(60)),
+                 experiment.evaluated(f, data.Dataset(f.task.train, f.task.train, f.task.train), torch.arange(60))) for f in (plain, fed)]
+    assert measures[0] == measures[1]
+    guess = synth.first_guess(1, 10, (1, 28, 28), 5.0, 0.1, seeded(), plain.w)
+    for f in (plain, fed):
+        f.method.synthetic = guess
+    assert torch.equal(plain.method.g_syn(plain.w), fed.method.g_syn(plain.w))
+
+
+def test_fl_man_keeps_activations_small(bundled):
+    activity = [float(f.task.watched(f.w, next(f.task.train.chunks(240)).x)[1].mean())
+                for f in (vision("fedavg", bundled, man=z, local_steps=10, begin=4) for z in (0.0, 0.15, 1.0))]
+    assert activity[0] > activity[1] > activity[2]
+
+
 def test_fl_fedlesam_climbs_a_stale_global_gradient():
     """Full participation, K = 1: eps at round t is rho grad F(w^{t-1}) / || . ||, and round 0 is plain SGD."""
     for algo in ("fedlesam", "fedlesam-server"):
@@ -1059,7 +1194,7 @@ def test_fl_fedlesam_remembers_the_model_a_client_last_saw():
 
 @pytest.mark.parametrize("algo", list(baselines.METHODS))
 def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
-    for kw in ({"model": "cnn", "augment": True}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
+    for kw in ({"model": "cnn", "augment": True, "man": 0.1}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
         feds = [vision(algo, bundled, begin=3, chunk=chunk, **kw) for chunk in (1, 3)]
         assert torch.allclose(feds[0].w, feds[1].w, rtol=1e-9, atol=1e-11)
         assert not torch.equal(feds[0].w, feds[0].task.w0)
@@ -1067,7 +1202,7 @@ def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
 
 @pytest.mark.parametrize("model", ["convnet", "resnet18"])
 def test_fl_vmap_trains_the_large_networks_too(model, bundled):
-    a, b = (vision("fedsam", bundled, torch.float32, model=model, clients=2, participation=2, local_steps=1, batch=2, chunk=c, begin=1) for c in (1, 2))
+    a, b = (vision("fedsam", bundled, torch.float32, model=model, man=0.1, clients=2, participation=2, local_steps=1, batch=2, chunk=c, begin=1) for c in (1, 2))
     assert torch.allclose(a.w, b.w, rtol=1e-3, atol=1e-5) and not torch.equal(a.w, a.task.w0)
 
 
@@ -1881,7 +2016,7 @@ def test_run_explain_shows_the_source_that_differs(name, capsys):
         if inspect.isfunction(value):
             assert all(line.strip() in out for line in inspect.getsource(value).splitlines())
     assert all(base.__name__ in out for base in method.__bases__ if base is not object)
-    assert len(method.__bases__) < 2 or "direction: as " in out                      # a crossing: who answers what
+    assert len(method.__bases__) < 2 or ": as " in out                               # a crossing: who answers what
 
 
 def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
