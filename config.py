@@ -75,6 +75,8 @@ class Config:
     # sharpness-aware perturbation
     rho: float = option(0.1, "radius of SAM's ball [ours for FedSynSAM]")
     asam_eta: float = option(0.2, "FedASAM: added to |w|, the axes of the ball; with it rho 0.7 [Caldarola]")
+    gc_code: bool = option(False, "GCSAM: as its released code, norm before centralising and descent not centralised; else as its formulas [paper]")
+    man: float = option(0.0, "zeta of MAN, with any method: the clients' loss gets zeta/2 * mean squared activations; 0 is without [MAN: 0.15 for CIFAR-100]")
     # corrections of client drift (baselines.py)
     prox: float = option(0.1, "FedProx, FedDyn, FedSpeed, FedSMOO, FedLESAM-D: strength lambda of the spring, per unit of w [FL-Simulator]")
     prox_clip: bool = option(True, "clip the spring too [ours]; --no-prox-clip lets lambda * w pass unclipped, like weight decay [FL-Simulator]")
@@ -135,7 +137,7 @@ class Config:
                 ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
                 ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
-                ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("prox", 0, None),
+                ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("man", 0, None), ("prox", 0, None),
                 ("variate", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
                 ("procs", 0, 1024), ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):

@@ -108,14 +108,18 @@ class FedAvg:
         """G: the gradient at the rim of SAM's ball (at w if uphill [d] is None) -> [d].  Source: Foret et al. 2021, eq. (3)."""
         return sam.sam_gradient(lambda v: self.grad(v, rows), w, uphill, self.cfg.rho)
 
-    def step(self, w, rows, me, lr, uphill):
-        """One local step, in this order: clip G, add weight decay, move.  w [d] -> (w [d], me).  Source: FL-Simulator's code."""
+    def slope(self, w, rows, me, uphill):
+        """What the client's optimizer gets at w [d]: G, clipped, and only then weight decay added -> [d].  Source: FL-Simulator's code."""
         g = self.gradient(w, rows, me, uphill)
         if self.cfg.clip:
             g = g * (self.cfg.clip / g.norm().clamp_min(self.cfg.clip))
         if self.cfg.weight_decay:
             g = g + self.cfg.weight_decay * w
-        return w - lr * g, me
+        return g
+
+    def step(self, w, rows, me, lr, uphill):
+        """One local step: w [d] -> (w [d], me).  A padded step has lr = 0 and must change nothing.  Source: McMahan et al. 2017."""
+        return w - lr * self.slope(w, rows, me, uphill), me
 
     def finish(self, w, me, steps, lr):
         """After K steps: w [d] -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: ours."""
