@@ -232,9 +232,10 @@ def configs_of(args):
         raise experiment.UserError(f"unknown preset {args.preset!r}; {config.closest(args.preset, list(presets.PRESETS))}")
     start = {a: presets.fields(args.preset, a) if hasattr(args, "preset") else {} for a in algos}
     configs = [Config(algo=a, **{**start[a], **given}).check() for a in start]
-    procs, threads, device = configs[0].procs, experiment.threads_of(configs[0]), experiment.device_of(configs[0]).type
-    if procs not in (0, ranks.size()):
-        raise experiment.UserError(f"procs = {procs}, but this is a group of {ranks.size()}; leave --procs out under torchrun, and elsewhere start "
+    base = configs[0]
+    threads, device = experiment.threads_of(base), experiment.device_of(base).type
+    if base.procs not in (0, ranks.size()):
+        raise experiment.UserError(f"procs = {base.procs}, but this is a group of {ranks.size()}; leave --procs out under torchrun, and elsewhere start "
                                    f"`python run.py` itself")
     configs = [dataclasses.replace(c.quick() if args.quick else c, procs=ranks.size(), threads=threads, device=device) for c in configs]
     return [dataclasses.replace(c, seed=c.seed + s).check() for c in configs for s in range(seeds)]
