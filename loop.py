@@ -32,20 +32,29 @@ class Diverged(ArithmeticError):
 class Task:
     """What is learnt and where it lies: a loss of (w, batch), and N clients that can draw batches.
 
-    w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), apply(w [d], x) scores, train:
-    Images, parts: N tensors of image numbers.  A task of another kind (the quadratics of test_all.py) needs w0, weights,
-    sizes, loss, plan and steps_of.  Source: ours.
+    w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), shapes of the parameters, apply(w [d], x)
+    scores, watched(w, x) scores and activity, train: Images, parts: N tensors of image numbers.  A task of another kind (the
+    quadratics of test_all.py) needs w0, weights, shapes, sizes, loss, plan and steps_of.  Source: ours.
     """
 
     def __init__(self, model, train, parts, cfg):
-        self.weights = model.weights
+        self.weights, self.shapes, self.watched = model.weights, model.shapes, model.watched
         self.w0, self.apply, self.train, self.parts, self.cfg = model.w0, model.apply, train, parts, cfg
         self.sizes = [len(p) for p in parts]
 
     def loss(self, w, rows):
-        """Mean cross-entropy at w [d] of the batch rows [B, 4]; padded rows weigh nothing -> [].  Source: definition."""
+        """What a client descends at w [d] on the batch rows [B, 4]: mean cross-entropy; padded rows weigh nothing -> [].
+
+        With `man` = zeta above 0, MAN's term is added: zeta/2 times the mean activity of the hidden layers (models.py), in every gradient
+        that a client takes of its own images, SAM's ascent included. What is measured (loss, sharpness) and the loss on synthetic
+        images stay plain cross-entropy: the trajectory that D_syn is learnt from holds the term already (ours).
+        Source: definition; Yashwanth et al. 2024 (MAN, arXiv 2512.08314).
+        """
         x, y, weight = self.train.batch(rows, self.cfg.augment)
-        return (F.cross_entropy(self.apply(w, x), y, reduction="none") * weight).sum()
+        if not self.cfg.man:
+            return (F.cross_entropy(self.apply(w, x), y, reduction="none") * weight).sum()
+        scores, activity = self.watched(w, x)
+        return ((F.cross_entropy(scores, y, reduction="none") + self.cfg.man / 2 * activity) * weight).sum()
 
     def plan(self, client, g):
         """All batches of one client's round: -> rows [K, B, 4].  Source: data.draw_batches."""
@@ -57,7 +66,12 @@ class Task:
         return self.cfg.local_epochs * -(-self.sizes[client] // self.cfg.batch) or self.cfg.local_steps
 
 
-def local_training(method, w, memory, plan, lr):
+def local_step(method, w, rows, me, lr):
+    """One step of one client from w [d] on the batch `rows` -> (w [d], me).  Source: fl.py, FedAvg.step."""
+    return method.step(w, rows, me, lr, method.direction(w, rows, me))
+
+
+def local_training(method, w, memory, plan, lr, step=local_step):
     """One client's round, the pure function that is vmapped: K steps from w [d] with its memory [p, d] and plan [K, B, ...].
 
     A step whose batch is all padding changes nothing: clients with fewer steps wait for the others of their chunk.
@@ -65,8 +79,7 @@ def local_training(method, w, memory, plan, lr):
     """
     me, alive = Client(w, memory), (plan[..., 0] >= 0).any(1).to(w.dtype)
     for k in range(len(plan)):
-        uphill = method.direction(w, plan[k], me)
-        w, me = method.step(w, plan[k], me, lr * alive[k], uphill)
+        w, me = step(method, w, plan[k], me, lr * alive[k])
     return method.finish(w, me, alive.sum(), lr)
 
 
@@ -125,6 +138,8 @@ class Federation:
         self.residuals = self.method.uplinks if cfg.error_feedback else 0
         self.memory = Memory(self.method.memory + self.residuals, task.w0)
         self.holders, self.parcel = set(), 0                         # clients that have the method's parcel; its bytes
+        self.step = torch.compile(local_step, dynamic=False) if cfg.compile else local_step
+        self.method.functional = cfg.compile
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def clients(self, t):
@@ -220,7 +235,7 @@ class Federation:
         """
         own, lr, done = memory[:, :self.method.memory], self.lr(t), 0
         if self.chunk == 1:
-            yield from self.pool.map(lambda c: then(c, *local_training(self.method, w, own[c], plans[c], lr)), range(len(plans)))
+            yield from self.pool.map(lambda c: then(c, *local_training(self.method, w, own[c], plans[c], lr, self.step)), range(len(plans)))
             return
         while done < len(plans):
             try:
@@ -238,11 +253,11 @@ class Federation:
         """`local_training` of some clients under vmap, from w [d]: -> (sent [m, uplinks, d], kept [m, p, d]).  Source: torch.func."""
         K = max(map(len, plans))
         padded = torch.stack([F.pad(p, (0, 0) * (p.dim() - 1) + (0, K - len(p)), value=-1) for p in plans])
-        self.method.vmapped = True
+        self.method.functional = True
         try:
             return torch.func.vmap(lambda m, p: local_training(self.method, w, m, p, lr))(memory, padded)
         finally:
-            self.method.vmapped = False
+            self.method.functional = False
 
     def uplink(self, client, t, memory, sent, kept):
         """A client's vectors through the wire, in round t: its rows before [p + residuals, d], sent [uplinks, d], kept [p, d].
