@@ -36,6 +36,7 @@ import data
 import experiment
 import fl
 import loop
+import memory
 import models
 import ranks
 import run
@@ -1105,14 +1106,14 @@ def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch
 
 
 def test_fl_memory_in_a_file_is_memory(tmp_path):
-    tables = [loop.Memory(2, torch.zeros(5, dtype=f64), file) for file in (None, tmp_path / "memory.bin")]
+    tables = [memory.Memory(2, torch.zeros(5, dtype=f64), file) for file in (None, tmp_path / "memory.bin")]
     for k, clients in enumerate(([3, 8], [8, 1], [0, 3, 99], list(range(20)))):
         for m in tables:
             m.write(clients, k + torch.arange(10.0 * len(clients), dtype=f64).view(-1, 2, 5))
     default = torch.full((2, 5), 7.0, dtype=f64)
     assert torch.equal(*(m.read([99, 50, 1, 8, 19], default) for m in tables)) and (tables[0].read([50], default) == 7).all()
     assert (tmp_path / "memory.bin").stat().st_size == len(tables[1].slot) * 2 * 5 * 8                 # clients never seen cost nothing
-    other = loop.Memory(2, torch.zeros(5, dtype=f64), tmp_path / "other.bin")
+    other = memory.Memory(2, torch.zeros(5, dtype=f64), tmp_path / "other.bin")
     other.restore(tables[0].table, dict(tables[0].slot))
     assert torch.equal(*(m.read([99, 1], default) for m in (other, tables[0])))
 
@@ -1414,7 +1415,7 @@ def test_baselines_a_client_that_adds_up_what_it_meant_to_send_rests_beside_the_
     task = Quadratics(n=4, d=4, steps=5, spread=3.0)
     for compressor, beside in ((Identity(f64), False), (QSGD(4, "l2", 0, f64), True)):
         fed = quad(task, "fedavg", compressor, rounds=0, prox=1.0)
-        fed.method, fed.memory = Own(task, fed.cfg), loop.Memory(1, task.w0)
+        fed.method, fed.memory = Own(task, fed.cfg), memory.Memory(1, task.w0)
         for _ in range(120):
             fed.round()
         assert fed.move.norm() < 1e-9 and ((fed.w - task.best).norm() > 0.01 * (task.w0 - task.best).norm()) == beside
@@ -1902,7 +1903,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "memory", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -1926,7 +1927,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "ranks", "memory", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
