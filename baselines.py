@@ -31,6 +31,7 @@ Sources: each class names its own. Read next: loop.py.
 """
 import torch
 
+import align
 import fl
 import sam
 
@@ -261,6 +262,6 @@ class FedASAM(fl.FedSAM):
         return self.grad(sam.perturb_adaptive(w, uphill, self.cfg.rho, self.cfg.asam_eta, self.task.weights), rows)
 
 
-METHODS = {**fl.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
+METHODS = {**fl.METHODS, **align.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
            "mofedsam": MoFedSAM, "fedgamma": FedGAMMA, "fedspeed": FedSpeed, "fedsmoo": FedSMOO, "fedlesam-s": FedLESAMS,
            "fedlesam-d": FedLESAMD, "fedasam": FedASAM}

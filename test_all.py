@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import align
 import baselines
 import bits
 import compress
@@ -44,6 +45,7 @@ import sam
 import sharpness
 import split
 import synth
+import tasks
 from compress import QSGD, Identity, Natural, RandK, Sign, SparseDithering, TopK
 from tools import plot, tradeoff
 
@@ -885,6 +887,9 @@ class Quadratics:
     def plan(self, client, g):
         return torch.full((self.steps, 1, 1), client)
 
+    def everything(self, client):
+        return torch.full((1, 1, 1), client)
+
     def steps_of(self, client):
         return self.steps
 
@@ -905,7 +910,7 @@ def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None,
     cfg = config.Config(algo=algo, model=model, **kw).check()
     train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
     net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
-    task = loop.Task(net, train, split.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
+    task = tasks.Task(net, train, split.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
     fed = loop.Federation(baselines.METHODS[algo](task, cfg), compressor or Identity(dtype), workers=2, chunk=chunk)
     for _ in range(begin):
         fed.round()
@@ -1093,11 +1098,11 @@ def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch
     whole, tried = vision("fedsam", bundled, chunk=4, begin=1), []
     at_once = loop.Federation.at_once
 
-    def small_memory(self, w, memory, plans, lr):
+    def small_memory(self, job, rows, plans):
         tried.append(len(plans))
         if len(plans) > 1:
             raise torch.OutOfMemoryError("the GPU is full")
-        return at_once(self, w, memory, plans, lr)
+        return at_once(self, job, rows, plans)
     monkeypatch.setattr(loop.Federation, "at_once", small_memory)
     assert torch.allclose(vision("fedsam", bundled, chunk=4, begin=1).w, whole.w, rtol=1e-9, atol=1e-11) and tried == [4, 2, 1, 1, 1, 1]
     monkeypatch.setattr(loop.Federation, "at_once", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("not even one")))
@@ -1123,7 +1128,7 @@ def test_fl_evaluation_in_chunks_and_threads_is_the_whole(bundled):
     x, y, _ = next(fed.task.train.chunks(240))
     scores = fed.task.apply(fed.w, x)
     for each in (map, fed.pool.map):
-        loss, accuracy = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50, each=each)
+        loss, accuracy = tasks.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50, each=each)
         assert loss == pytest.approx(float(F.cross_entropy(scores, y))) and accuracy == float((scores.argmax(1) == y).double().mean())
 
 
@@ -1592,7 +1597,7 @@ def three_rounds_of_every_method(path, **kw):
     for algo in baselines.METHODS:
         fed = vision(algo, bundled, compressor=QSGD(7, "max", 64, f64), begin=3, **kw)         # top-k would be torn by ties: pixels repeat
         table = fed.memory.table[[fed.memory.slot[i] for i in sorted(fed.memory.slot)]]
-        loss = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
+        loss = tasks.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
         own = (fed.w, fed.up, fed.down, fed.move)
         for theirs in ranks.gathered(lambda: own):
             assert torch.equal(theirs[0], own[0]) and theirs[1:3] == own[1:3] and torch.equal(theirs[3], own[3])           # all ranks agree
@@ -1728,7 +1733,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "baselines.py", "synth.py", "loop.py", "experiment.py", "config.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -1903,7 +1908,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "memory", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "align", "baselines", "tasks", "memory", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -1927,7 +1932,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "baselines", "ranks", "memory", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "align", "baselines", "ranks", "tasks", "memory", "loop", "config", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
@@ -2000,6 +2005,6 @@ def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):
                         torch.tensor([255.0]), list(range(10)))
     cfg = config.Config(algo="fedsam", model="mlp", clients=4, participation=4, local_epochs=space["K"], batch=30, lr=space["eta"], rho=space["rho"])
     net = models.build("mlp", (1, 28, 28), 10, hidden=16, seed=0)
-    fed = loop.Federation(fl.FedSAM(loop.Task(net, train, list(torch.arange(120).split(30)), cfg), cfg), TopK(space["k"]))
+    fed = loop.Federation(fl.FedSAM(tasks.Task(net, train, list(torch.arange(120).split(30)), cfg), cfg), TopK(space["k"]))
     fed.round()
     assert torch.allclose(fed.w, space["w"], rtol=1e-4, atol=1e-6) and (fed.w - net.w0).abs().max() > 1e-3
