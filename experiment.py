@@ -30,6 +30,7 @@ import data
 import fl
 import loop
 import models
+import presets
 import ranks
 import sharpness
 import split
@@ -83,7 +84,7 @@ def compose(cfg):
                          depth=cfg.depth, stem=cfg.stem)
     parts = split.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
     task = tasks.Task(model, images.train, parts, cfg)
-    chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
+    chunk = cfg.chunk or (1 if device.type == "cpu" or cfg.compile else cfg.participation)
     workers = threads if device.type == "cpu" else 1
     return images, loop.Federation(baselines.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), workers, chunk)
 
@@ -159,7 +160,7 @@ def runs_beside(folder):
 
 def save(folder, fed, seconds, log_length):
     """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length."""
-    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg")}
+    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg", "functional")}
     state = {"settings": fed.cfg.hash(), "t": fed.t, "w": fed.w, "move": fed.move, "up": fed.up, "down": fed.down, "method": method,
              "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "parcel": fed.parcel, "seconds": seconds, "log": log_length}
     with open(folder / "checkpoint.tmp", "wb") as f:
@@ -295,7 +296,7 @@ def measured(folder, fed, rows, seconds):
     mix = cfg.mix if 0 < cfg.mix < 1 else 0.5             # at 0 and 1 the mixture is one of its ingredients: show the middle
     align = sharpness.alignment(fed, rows, mix)
     matching = getattr(fed.method, "matching", [])[-20:]
-    return {"algo": cfg.algo, "seed": cfg.seed, "settings": cfg.hash(), "d": len(fed.w),
+    return {"algo": cfg.algo, "seed": cfg.seed, "preset": cfg.preset, "published": presets.published(cfg), "settings": cfg.hash(), "d": len(fed.w),
             "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
             "averaged": [x["round"] for x in lines],
             "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows, each=fed.pool.map),

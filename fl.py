@@ -64,17 +64,17 @@ class FedAvg:
     surveys = 0                                 # vectors [d] that a client sends in a round, before its steps (align.py)
     gradients = 1                               # gradients that a client computes in a local step, for `run.py --list`
     reports = ()                                # names of the numbers that `report` says
-    vmapped = False                             # True while clients are trained under torch.func.vmap
+    functional = False                          # True where torch.func must take the gradients: under vmap and torch.compile
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg         # whatever else a method puts on itself is saved in checkpoints
 
     def grad_of(self, loss, w):
-        """The gradient of a scalar function loss(w) at w [d] -> [d]; outside vmap plain autograd, 1.5x faster on threads.
+        """The gradient of a scalar function loss(w) at w [d] -> [d]; plain autograd, 1.5x faster on threads, where it may be.
 
         Source: definition.
         """
-        if self.vmapped:
+        if self.functional:
             return torch.func.grad(loss)(w)
         w = w.detach().requires_grad_()
         return torch.autograd.grad(loss(w), w)[0]
@@ -122,14 +122,18 @@ class FedAvg:
         """G: the gradient at the rim of SAM's ball (at w if uphill [d] is None) -> [d].  Source: Foret et al. 2021, eq. (3)."""
         return sam.sam_gradient(lambda v: self.grad(v, rows), w, uphill, self.cfg.rho)
 
-    def step(self, w, rows, me, lr, uphill):
-        """One local step, in this order: clip G, add weight decay, move.  w [d] -> (w [d], me).  Source: FL-Simulator's code."""
+    def slope(self, w, rows, me, uphill):
+        """What the client's optimizer gets at w [d]: G, clipped, and only then weight decay added -> [d].  Source: FL-Simulator's code."""
         g = self.gradient(w, rows, me, uphill)
         if self.cfg.clip:
             g = g * (self.cfg.clip / g.norm().clamp_min(self.cfg.clip))
         if self.cfg.weight_decay:
             g = g + self.cfg.weight_decay * w
-        return w - lr * g, me
+        return g
+
+    def step(self, w, rows, me, lr, uphill):
+        """One local step: w [d] -> (w [d], me).  A padded step has lr = 0 and must change nothing.  Source: McMahan et al. 2017."""
+        return w - lr * self.slope(w, rows, me, uphill), me
 
     def finish(self, w, me, steps, lr):
         """After K steps: w [d] -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: ours."""
@@ -151,11 +155,7 @@ class FedAvg:
         return w + self.cfg.server_lr * mean[0]
 
     def report(self, said, kept, weights):
-        """Numbers for the round's line in the log -> list of floats, one for each name in `reports`.
-
-        said [m, surveys, d] as the server decoded it, kept [m, p, d] the memory after the round, weights [m] of the clients in a
-        mean (sum 1).  Source: ours.
-        """
+        """Numbers for the log, one for each of `reports`, from decoded answers said [m, s, d], memory kept [m, p, d], weights [m].  Source: ours."""
         return []
 
 

@@ -28,7 +28,12 @@ class Diverged(ArithmeticError):
     """A client's or the server's numbers stopped being finite; the message says where and why.  Source: ours."""
 
 
-def local_training(method, w, memory, plan, lr, said=None):
+def local_step(method, w, rows, me, lr):
+    """One step of one client from w [d] on the batch `rows` -> (w [d], me).  Source: fl.py, FedAvg.step."""
+    return method.step(w, rows, me, lr, method.direction(w, rows, me))
+
+
+def local_training(method, w, memory, plan, lr, said=None, step=local_step):
     """One client's round, the pure function that is vmapped: K steps from w [d] with its memory [p, d] and plan [K, B, ...].
 
     said [s, d]: its answer to the method's survey.  A step whose batch is all padding changes nothing: clients with fewer steps
@@ -38,8 +43,7 @@ def local_training(method, w, memory, plan, lr, said=None):
     me, alive = Client(w, memory, said), (plan[..., 0] >= 0).any(1).to(w.dtype)
     w = method.start(w, me)
     for k in range(len(plan)):
-        uphill = method.direction(w, plan[k], me)
-        w, me = method.step(w, plan[k], me, lr * alive[k], uphill)
+        w, me = step(method, w, plan[k], me, lr * alive[k])
     return method.finish(w, me, alive.sum(), lr)
 
 
@@ -60,6 +64,8 @@ class Federation:
         self.memory = Memory(self.method.memory + self.residuals, task.w0)
         self.holders, self.parcel = set(), 0                         # clients that have the method's parcel; its bytes
         self.report = {}                                             # what the method says of the last round, for the log
+        self.step = torch.compile(local_step, dynamic=False) if cfg.compile else local_step
+        self.method.functional = cfg.compile
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def clients(self, t):
@@ -195,7 +201,7 @@ class Federation:
         """
         p, lr = self.method.memory, self.lr(t)
         rows = torch.cat([memory[:, :p], said], 1) if self.method.surveys else memory[:, :p]
-        return self.each(lambda own, plan: local_training(self.method, w, own[:p], plan, lr, own[p:]), rows, plans, then)
+        return self.each(lambda own, plan: local_training(self.method, w, own[:p], plan, lr, own[p:], self.step), rows, plans, then)
 
     def each(self, job, rows, plans, then):
         """job(rows [p, d], plan [K_i, B, ...]) -> tensors, for every client of rows [m, p, d] and plans; yields then(place, *tensors) in order.
@@ -223,11 +229,11 @@ class Federation:
         """`job` of some clients under vmap, with rows [m, p, d] and plans padded to the longest: -> tensors [m, ...].  Source: torch.func."""
         K = max(map(len, plans))
         padded = torch.stack([F.pad(p, (0, 0) * (p.dim() - 1) + (0, K - len(p)), value=-1) for p in plans])
-        self.method.vmapped = True
+        self.method.functional = True
         try:
             return torch.func.vmap(job)(rows, padded)
         finally:
-            self.method.vmapped = False
+            self.method.functional = False
 
     def uplink(self, client, t, memory, sent, kept):
         """A client's vectors through the wire, in round t: its rows before [p + residuals, d], sent [uplinks, d], kept [p, d].

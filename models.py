@@ -19,7 +19,15 @@ A view and a permutation then give a channels-last weight without a copy. `w.spl
 its backward is a single concatenation. ReLU stands behind the max-pool: the same function on a quarter of the entries.
 No batch statistics anywhere, so the parameters are all there is to send.
 
-Sources: cnn, McMahan et al. 2017; convnet, Pi et al. 2023 (DynaFed); GroupNorm for BatchNorm, Hsieh et al. 2020.
+`watched` is `apply` that also tells how active the hidden layers are, which MAN keeps small (`--man`, tasks.Task.loss):
+
+    activity(x) = sum over the layers l of ||a_l||^2 / n_l        a_l [n_l] what leaves a ReLU, before pooling; not the scores
+
+The mean of squares and not the sum, so that a layer does not count more because it is wider. Every ReLU of every network counts:
+MAN names the layers of its lenet only, so for convnet and resnet18 this is ours.
+
+Sources: cnn, McMahan et al. 2017; convnet, Pi et al. 2023 (DynaFed); GroupNorm for BatchNorm, Hsieh et al. 2020; activity,
+Yashwanth et al. 2024 (MAN, arXiv 2512.08314).
 Read next: compress.py.
 """
 import copy
@@ -36,12 +44,14 @@ from data import import_torchvision
 class Model(NamedTuple):
     """w0 [d] initial weights, apply(w [d], x [B, C, H, W]) -> scores [B, classes], shapes of the parameters.
 
+    watched(w [d], x) -> (the same scores, activity [B]).
     weights [d] bool: does the coordinate belong to a parameter called "weight" (and not to a bias)?  Source: ours.
     """
     w0: torch.Tensor
     apply: Callable
     shapes: list
     weights: torch.Tensor
+    watched: Callable
 
 
 def flatten(parameters):
@@ -55,7 +65,21 @@ def unflatten(w, shapes):
     return [p.view(s[0], s[2], s[3], s[1]).permute(0, 3, 1, 2) if len(s) == 4 else p.view(s) for p, s in zip(parts, shapes)]
 
 
+def watch(z, seen):
+    """Look at what will enter a ReLU, z [B, ...] -> z: unless seen is None, it gets ||a||^2 / n of a = ReLU(z) [n], for each image [B].
+
+    Here, before pooling, because MAN measures all entries, while the network may go on with fewer. Of what has left a ReLU it is
+    the same number. Channels go last, where they lie in memory, and the product is not kept: on a CPU a third of the cost otherwise.
+    Source: Yashwanth et al. 2024 (MAN).
+    """
+    if seen is not None:
+        a = F.relu(z).movedim(1, -1).flatten(1)
+        seen.append(torch.linalg.vecdot(a, a) / a.shape[1])
+    return z
+
+
 # Each network twice: the nn.Module gives the initial weights (and is the oracle of the tests), the function is what runs.
+# seen: None, or the list in which a network notes how active its layers are.
 def mlp_module(C, H, W, classes, hidden, depth=1):
     """nn.Module of `mlp` with `depth` hidden layers, for images [B, C, H, W].  Source: McMahan et al. 2017, whose "2NN" is depth 2."""
     layers, size = [nn.Flatten()], C * H * W
@@ -64,11 +88,11 @@ def mlp_module(C, H, W, classes, hidden, depth=1):
     return nn.Sequential(*layers, nn.Linear(size, classes))
 
 
-def mlp(p, x):
+def mlp(p, x, seen=None):
     """p: 2 (depth + 1) parameters, x [B, C, H, W] -> scores [B, classes].  Source: as mlp_module."""
     x = x.flatten(1)
     for weight, bias in zip(p[:-2:2], p[1:-2:2]):
-        x = F.relu(F.linear(x, weight, bias))
+        x = F.relu(watch(F.linear(x, weight, bias), seen))
     return F.linear(x, p[-2], p[-1])
 
 
@@ -80,11 +104,11 @@ def cnn_module(C, H, W, classes, width, hidden):
         nn.Flatten(), nn.Linear(2 * width * (H // 4) * (W // 4), hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
-def cnn(p, x, padding=2):
+def cnn(p, x, seen=None, padding=2):
     """p: 4 parameters of convolutions and those of an mlp, x [B, C, H, W] -> scores [B, classes].  Source: as cnn_module."""
     for weight, bias in ((p[0], p[1]), (p[2], p[3])):
-        x = F.relu(F.max_pool2d(F.conv2d(x, weight, bias, padding=padding), 2))
-    return mlp(p[4:], x)
+        x = F.relu(F.max_pool2d(watch(F.conv2d(x, weight, bias, padding=padding), seen), 2))
+    return mlp(p[4:], x, seen)
 
 
 def lenet_module(C, H, W, classes):
@@ -95,9 +119,9 @@ def lenet_module(C, H, W, classes):
         nn.Flatten(), nn.Linear(64 * side(H) * side(W), 384), nn.ReLU(), nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, classes))
 
 
-def lenet(p, x):
+def lenet(p, x, seen=None):
     """p: 10 parameters, x [B, C, H, W] -> scores [B, classes].  Source: as lenet_module."""
-    return cnn(p, x, padding=0)
+    return cnn(p, x, seen, padding=0)
 
 
 def convnet_module(C, H, W, classes, width=128):
@@ -108,11 +132,11 @@ def convnet_module(C, H, W, classes, width=128):
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * (H // 8) * (W // 8), classes))
 
 
-def convnet(p, x):
+def convnet(p, x, seen=None):
     """p: 14 parameters, x [B, C, H, W] -> scores [B, classes].  Source: as convnet_module."""
     for i in (0, 4, 8):
         x = F.conv2d(x, p[i], p[i + 1], padding=1)
-        x = F.avg_pool2d(F.relu(F.group_norm(x, x.shape[1], p[i + 2], p[i + 3])), 2)
+        x = F.avg_pool2d(F.relu(watch(F.group_norm(x, x.shape[1], p[i + 2], p[i + 3]), seen)), 2)
     return F.linear(x.flatten(1), p[12], p[13])
 
 
@@ -128,16 +152,23 @@ def resnet18_module(C, H, W, classes, stem="auto"):
 
 
 def functional(module):
-    """Any nn.Module as a function of its parameters: -> apply(p, x [B, C, H, W]).
+    """Any nn.Module as a function of its parameters: -> apply(p, x [B, C, H, W], seen).
 
-    `functional_call` swaps parameters inside the module while it runs, so every thread gets a copy.  Source: torch.func.
+    `functional_call` swaps parameters inside the module while it runs, so every thread gets a copy. Its nn.ReLU modules, some of
+    which are called twice, note what leaves them (hooks).  Source: torch.func.
     """
     names, local = [n for n, _ in module.named_parameters()], threading.local()
 
-    def apply(p, x):
+    def apply(p, x, seen=None):
         if not hasattr(local, "net"):
             local.net = copy.deepcopy(module)
-        return torch.func.functional_call(local.net, dict(zip(names, p)), x)
+            for m in local.net.modules():
+                if isinstance(m, nn.ReLU):
+                    m.register_forward_hook(lambda m, x, a: watch(a, local.seen))
+        local.seen = seen
+        scores = torch.func.functional_call(local.net, dict(zip(names, p)), x)
+        local.seen = None                                          # it would keep the graph of this call alive
+        return scores
     return apply
 
 
@@ -169,7 +200,11 @@ def build(name, image_shape, classes, width=8, hidden=64, seed=0, device="cpu", 
     shapes = [p.shape for p in module.parameters()]
     weights = torch.cat([torch.full((p.numel(),), "weight" in n) for n, p in module.named_parameters()])
 
-    def apply(w, x):
+    def apply(w, x, seen=None):
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)         # channels-last, in a way that vmap knows
-        return function(unflatten(w, shapes), x)
-    return Model(flatten(p.detach() for p in module.parameters()).to(device, dtype), apply, shapes, weights.to(device))
+        return function(unflatten(w, shapes), x, seen)
+
+    def watched(w, x):
+        seen = []
+        return apply(w, x, seen), sum(seen)
+    return Model(flatten(p.detach() for p in module.parameters()).to(device, dtype), apply, shapes, weights.to(device), watched)

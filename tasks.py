@@ -20,20 +20,29 @@ import ranks
 class Task:
     """What is learnt and where it lies: a loss of (w, batch), and N clients that can draw batches.
 
-    w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), apply(w [d], x) scores, train:
-    Images, parts: N tensors of image numbers.  A task of another kind (the quadratics of test_all.py) needs w0, weights,
-    sizes, loss, plan, everything and steps_of.  Source: ours.
+    w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), shapes of the parameters, apply(w [d], x)
+    scores, watched(w, x) scores and activity, train: Images, parts: N tensors of image numbers.  A task of another kind (the
+    quadratics of test_all.py) needs w0, weights, shapes, sizes, loss, plan, everything and steps_of.  Source: ours.
     """
 
     def __init__(self, model, train, parts, cfg):
-        self.weights = model.weights
+        self.weights, self.shapes, self.watched = model.weights, model.shapes, model.watched
         self.w0, self.apply, self.train, self.parts, self.cfg = model.w0, model.apply, train, parts, cfg
         self.sizes = [len(p) for p in parts]
 
     def loss(self, w, rows):
-        """Mean cross-entropy at w [d] of the batch rows [B, 4]; padded rows weigh nothing -> [].  Source: definition."""
+        """What a client descends at w [d] on the batch rows [B, 4]: mean cross-entropy; padded rows weigh nothing -> [].
+
+        With `man` = zeta above 0, MAN's term is added: zeta/2 times the mean activity of the hidden layers (models.py), in every gradient
+        that a client takes of its own images, SAM's ascent included. What is measured (loss, sharpness) and the loss on synthetic
+        images stay plain cross-entropy: the trajectory that D_syn is learnt from holds the term already (ours).
+        Source: definition; Yashwanth et al. 2024 (MAN, arXiv 2512.08314).
+        """
         x, y, weight = self.train.batch(rows, self.cfg.augment)
-        return (F.cross_entropy(self.apply(w, x), y, reduction="none") * weight).sum()
+        if not self.cfg.man:
+            return (F.cross_entropy(self.apply(w, x), y, reduction="none") * weight).sum()
+        scores, activity = self.watched(w, x)
+        return ((F.cross_entropy(scores, y, reduction="none") + self.cfg.man / 2 * activity) * weight).sum()
 
     def plan(self, client, g):
         """All batches of one client's round: -> rows [K, B, 4].  Source: data.draw_batches."""

@@ -39,6 +39,7 @@ import fl
 import loop
 import memory
 import models
+import presets
 import ranks
 import run
 import sam
@@ -523,6 +524,28 @@ def test_sam_adaptive_does_not_see_a_rescaling_of_relu_layers():
     assert abs(float(loss(sam.perturb(w, torch.func.grad(loss)(w), 0.5)) - at_rim(w))) > 1e-6              # SAM is another map
 
 
+def test_sam_centralising_is_the_slow_loop_over_a_modules_parameters():
+    """The module's own shapes, OIHW and without any flat vector; and what is known of a projection."""
+    model, module = models.build("cnn", (3, 16, 16), 10, 4, 6, dtype=f64), models.cnn_module(3, 16, 16, 10, 4, 6).double()
+    for n, p in enumerate(module.parameters()):
+        p.data = randn(*p.shape, seed=n) + n
+    g, slow = models.flatten(p.detach() for p in module.parameters()), []
+    for p in module.parameters():
+        q = p.detach().clone()
+        for out in range(len(q) if q.dim() > 1 else 0):
+            q[out] -= q[out].sum() / q[out].numel()
+        slow.append(q)
+    fast, biases = sam.centralise(g, model.shapes), ~model.weights
+    assert torch.allclose(fast, models.flatten(slow), rtol=1e-12, atol=1e-12) and (fast - g).norm() > 1
+    assert torch.equal(fast[biases], g[biases]) and torch.allclose(sam.centralise(fast, model.shapes), fast, atol=1e-12)
+    assert float(fast @ (g - fast)) == pytest.approx(0, abs=1e-9) and fast.norm() < g.norm()
+    assert torch.equal(sam.centralise(g, [g.shape]), g)                              # one dimension: nothing to centralise
+    w, far = randn(len(g), seed=9), lambda *a: sam.perturb_centralised(w, g, 0.3, model.shapes, *a) - w                # noqa: E731
+    assert float(far().norm()) == pytest.approx(0.3, rel=1e-9) and torch.allclose(far(), 0.3 * fast / fast.norm())
+    assert far(True).norm() < 0.299 and torch.allclose(far(True), 0.3 * fast / g.norm())       # the released code climbs less far
+    assert torch.equal(sam.perturb_centralised(w, g, 0.0, model.shapes), w) and torch.equal(sam.perturb_centralised(w, 0 * g, 0.3, model.shapes), w)
+
+
 def test_sam_mixing_ends_at_its_two_ingredients():
     a, b = randn(5), randn(5, seed=1)
     assert torch.equal(sam.mix_directions(a, b, 0.0, False), a) and torch.equal(sam.mix_directions(a, b, 1.0, False), b)
@@ -839,6 +862,43 @@ def test_models_mlp_has_the_depth_it_was_given():
     assert torch.allclose(model.apply(model.w0, x), hidden @ W3.T + b3)
 
 
+def hooked_activity(module, x):
+    """What a network's nn.ReLU modules let through, its mean square per image and summed over the calls -> [B]."""
+    outs = []
+    hooks = [m.register_forward_hook(lambda m, x, a: outs.append(a.clone())) for m in module.modules() if isinstance(m, nn.ReLU)]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([sum((a[b] ** 2).sum() / a[b].numel() for a in outs) for b in range(len(x))]), len(outs)
+
+
+@pytest.mark.parametrize("name, layers", [("mlp", 2), ("cnn", 3), ("lenet", 4), ("convnet", 3), ("resnet18", 17)])
+def test_models_activity_is_what_hooks_on_the_modules_relus_see(name, layers):
+    """Before pooling, every call of every ReLU, no scores; its gradient too."""
+    shape, kind = (3, 20, 20), getattr(models, f"{name}_module")
+    model = models.build(name, shape, 7, 4, 10, seed=2, dtype=f64, depth=2)
+    torch.manual_seed(2)
+    module = kind(*shape, 7, *{"mlp": (10, 2), "cnn": (4, 10)}.get(name, ())).double()
+    x = randn(3, *shape)
+    scores, activity = model.watched(model.w0, x)
+    slow, calls = hooked_activity(module, x)
+    assert calls == layers and activity.shape == (3,) and torch.allclose(activity, slow, rtol=1e-9)
+    assert torch.allclose(scores, model.apply(model.w0, x), rtol=1e-12, atol=1e-12)
+    slow.sum().backward()
+    g = torch.func.grad(lambda w: model.watched(w, x)[1].sum())(model.w0)
+    assert torch.allclose(g, models.flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()), rtol=1e-7, atol=1e-12)
+    assert g.norm() > 0.01
+
+
+def test_models_activity_is_a_mean_so_twice_the_units_are_as_active():
+    model, x = models.build("mlp", (1, 4, 4), 3, hidden=5, dtype=f64), randn(6, 1, 4, 4)
+    W, b, V, c = models.unflatten(model.w0, model.shapes)
+    wide = models.build("mlp", (1, 4, 4), 3, hidden=10, dtype=f64)
+    w = models.flatten([torch.cat([W, W]), torch.cat([b, b]), torch.cat([V, V], 1) / 2, c])
+    for one, two in zip(model.watched(model.w0, x), wide.watched(w, x)):
+        assert torch.allclose(one, two, rtol=1e-12)
+
+
 def test_models_resnet18_has_the_stem_it_was_given():
     small, large = (models.build("resnet18", (3, 32, 32), 10, stem=stem) for stem in ("auto", "imagenet"))
     assert small.shapes[0] == (64, 3, 3, 3) and large.shapes[0] == (64, 3, 7, 7) and large.apply(large.w0, torch.zeros(1, 3, 32, 32)).shape == (1, 10)
@@ -875,6 +935,7 @@ class Quadratics:
         self.A = torch.eye(d, dtype=f64) + 0.1 * M @ M.transpose(1, 2)
         self.c, self.w0 = spread * randn(n, d, seed=seed + 1), randn(d, seed=seed + 2)
         self.sizes, self.steps, self.weights = sizes or [1] * n, steps, None
+        self.shapes = [(2, (d - 1) // 2), (d - 2 * ((d - 1) // 2),)]                 # a matrix and a bias, for GCSAM
         self.best = torch.linalg.solve(self.A.mean(0), (self.A @ self.c[..., None]).mean(0)[:, 0])
 
     def loss(self, w, rows):
@@ -1033,6 +1094,81 @@ def test_fl_dynafed_without_server_epochs_is_fedavg(bundled):
     assert synth.synthetic_loss(tuned.task.apply, tuned.w, s) < synth.synthetic_loss(tuned.task.apply, plain, s)
 
 
+def test_fl_man_zero_is_the_base_bit_for_bit(bundled):
+    for algo, model in (("fedsam", "cnn"), ("feddyn", "mlp")):
+        fed = vision(algo, bundled, torch.float32, model=model)
+        fed.task.watched = None                                                      # not even called
+        for _ in range(2):
+            fed.round()
+        assert torch.equal(fed.w, vision(algo, bundled, torch.float32, model=model, man=0.0, begin=2).w)
+        assert not torch.equal(fed.w, vision(algo, bundled, torch.float32, model=model, man=0.1, begin=2).w)
+
+
+def test_fl_man_adds_its_gradient_to_that_of_cross_entropy(bundled):
+    """One hidden layer: (zeta / (B n)) sum over real images of (a_b 1[a_b > 0]) x_b' on W1, the same without x_b on b1, 0 above."""
+    zeta, n = 0.15, 8
+    plain, fed = vision("fedavg", bundled), vision("fedavg", bundled, man=zeta)
+    rows = F.pad(fed.plans([0], 0)[0][0][:5], (0, 0, 0, 3), value=-1)                # three of the eight are padding
+    train, w = fed.task.train, fed.w
+    x = ((train.x[rows[:5, 0]].double() - train.mean) / train.std).flatten(1)
+    W, b, _, _ = models.unflatten(w, fed.task.shapes)
+    by_hand = [torch.zeros_like(p) for p in models.unflatten(w, fed.task.shapes)]
+    for image in x:
+        a = (W @ image + b).relu()
+        by_hand[0] += zeta / (5 * n) * torch.outer(a, image)
+        by_hand[1] += zeta / (5 * n) * a
+    g = fed.method.grad(w, rows) - plain.method.grad(w, rows)
+    assert torch.allclose(g, models.flatten(by_hand), rtol=1e-9, atol=1e-12) and g.norm() > 1e-3
+    assert torch.allclose(fed.method.grad(w, rows), fed.method.grad(w, rows[:5]), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("algo", ["fedsam", "fedasam", "gcsam", "fedsynsam"])
+def test_fl_man_is_in_the_ascent_and_in_the_descent(algo, bundled):
+    """One step of SAM against the whole loss, built here from a module and its hooks; g_syn stays plain cross-entropy."""
+    fed, zeta = vision(algo, bundled, man=0.3, rho=0.2, mix=0.25), 0.3
+    fed.method.synthetic = synth.first_guess(1, 10, (1, 28, 28), 5.0, 0.1, seeded(), fed.w)
+    net, train, rows, w = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train, fed.plans([0], 3)[0][0], fed.w
+    x, y = (train.x[rows[:, 0]].double() - train.mean) / train.std, train.y[rows[:, 0]]
+
+    def whole(v, zeta):
+        nn.utils.vector_to_parameters(v, net.parameters())
+        loss = F.cross_entropy(net(x), y) + zeta / 2 * hooked_activity(net, x)[0].mean()
+        return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+    me, shapes = fl.Client(w, w[:0]), fed.task.shapes
+    G = fed.method.gradient(w, rows, me, fed.method.direction(w, rows, me))
+
+    def sam_of(up, down):
+        u, grad = whole(w, up), lambda v: whole(v, down)                             # noqa: E731
+        if algo == "fedsynsam":
+            s = fed.method.synthetic
+            syn = torch.func.grad(lambda v: synth.soft_cross_entropy(fed.task.apply(v, s.images), s.logits))(w)
+            u = 0.75 * u / u.norm() + 0.25 * syn / syn.norm()
+        if algo == "fedasam":
+            return grad(sam.perturb_adaptive(w, u, 0.2, 0.2, fed.task.weights))
+        if algo == "gcsam":
+            return sam.centralise(sam.sam_gradient(grad, w, sam.centralise(u, shapes), 0.2), shapes)
+        return sam.sam_gradient(grad, w, u, 0.2)
+    assert torch.allclose(G, sam_of(zeta, zeta), rtol=1e-8, atol=1e-12)
+    assert not any(torch.allclose(G, sam_of(*z), rtol=1e-4, atol=1e-8) for z in ((0, zeta), (zeta, 0)))
+
+
+def test_fl_man_is_not_seen_by_what_measures(bundled):
+    plain, fed = (vision("fedsynsam", bundled, man=z) for z in (0.0, 5.0))
+    measures = [(tasks.evaluate(f.task.apply, plain.w, f.task.train), sharpness.top_eigenvalue(f.task.apply, plain.w, f.task.train, torch.arange(60)),
+                 experiment.evaluated(f, data.Dataset(f.task.train, f.task.train, f.task.train), torch.arange(60))) for f in (plain, fed)]
+    assert measures[0] == measures[1]
+    guess = synth.first_guess(1, 10, (1, 28, 28), 5.0, 0.1, seeded(), plain.w)
+    for f in (plain, fed):
+        f.method.synthetic = guess
+    assert torch.equal(plain.method.g_syn(plain.w), fed.method.g_syn(plain.w))
+
+
+def test_fl_man_keeps_activations_small(bundled):
+    activity = [float(f.task.watched(f.w, next(f.task.train.chunks(240)).x)[1].mean())
+                for f in (vision("fedavg", bundled, man=z, local_steps=10, begin=4) for z in (0.0, 0.15, 1.0))]
+    assert activity[0] > activity[1] > activity[2]
+
+
 def test_fl_fedlesam_climbs_a_stale_global_gradient():
     """Full participation, K = 1: eps at round t is rho grad F(w^{t-1}) / || . ||, and round 0 is plain SGD."""
     for algo in ("fedlesam", "fedlesam-server"):
@@ -1065,7 +1201,7 @@ def test_fl_fedlesam_remembers_the_model_a_client_last_saw():
 
 @pytest.mark.parametrize("algo", list(baselines.METHODS))
 def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
-    for kw in ({"model": "cnn", "augment": True}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
+    for kw in ({"model": "cnn", "augment": True, "man": 0.1}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
         feds = [vision(algo, bundled, begin=3, chunk=chunk, **kw) for chunk in (1, 3)]
         assert torch.allclose(feds[0].w, feds[1].w, rtol=1e-9, atol=1e-11)
         assert not torch.equal(feds[0].w, feds[0].task.w0)
@@ -1073,7 +1209,7 @@ def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
 
 @pytest.mark.parametrize("model", ["convnet", "resnet18"])
 def test_fl_vmap_trains_the_large_networks_too(model, bundled):
-    a, b = (vision("fedsam", bundled, torch.float32, model=model, clients=2, participation=2, local_steps=1, batch=2, chunk=c, begin=1) for c in (1, 2))
+    a, b = (vision("fedsam", bundled, torch.float32, model=model, man=0.1, clients=2, participation=2, local_steps=1, batch=2, chunk=c, begin=1) for c in (1, 2))
     assert torch.allclose(a.w, b.w, rtol=1e-3, atol=1e-5) and not torch.equal(a.w, a.task.w0)
 
 
@@ -1092,6 +1228,15 @@ def test_fl_number_of_workers_changes_nothing(bundled):
     for fed in feds:
         fed.round()
     assert torch.equal(feds[0].w, feds[1].w)
+
+
+def test_fl_compiled_steps_give_the_same_numbers(bundled, monkeypatch):
+    compiled, compiler = [], torch.compile                                            # without the C++ behind it, which takes half a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled.append(f) or compiler(f, backend="aot_eager", **kw))
+    plain, fused = (vision("fedsynsam", bundled, compile=c, weight_decay=1e-3) for c in (False, True))
+    for _ in range(4):
+        plain.round(), fused.round()
+    assert compiled == [loop.local_step] and torch.allclose(plain.w, fused.w, rtol=0, atol=1e-10)
 
 
 def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch):
@@ -1417,6 +1562,20 @@ def test_align_a_survey_that_is_not_finite_names_the_client():
 # --------------------------------------------------------------------------------------------------------- baselines
 TWELVE = ["fedprox", "scaffold", "feddyn", "fedcm", "fedadam", "mofedsam", "fedgamma", "fedspeed", "fedsmoo", "fedlesam-s", "fedlesam-d", "fedasam"]
 WITH_C, WITH_H = ("scaffold", "fedgamma", "fedlesam-s"), ("feddyn", "fedspeed", "fedsmoo", "fedlesam-d")      # c_i, c and h_i, h
+WITH_ORACLE = [*TWELVE, "gcsam"]
+
+
+def slow_centralised(g, shapes):
+    """Each unit's incoming weights minus their mean, one unit after the other."""
+    g, at = g.clone(), 0
+    for shape in shapes:
+        for _ in range(shape[0]):
+            n = math.prod(shape[1:])
+            if len(shape) > 1:
+                g[at:at + n] -= g[at:at + n].sum() / n
+            at += n
+    assert at == len(g)
+    return g
 
 
 def oracle(algo, fed, grad, biases, rounds):
@@ -1432,7 +1591,7 @@ def oracle(algo, fed, grad, biases, rounds):
         for i, plan in zip(active, fed.plans(active, t)):
             x = w
             for rows in plan:
-                u, T = grad(i, x, rows), torch.ones_like(w)
+                u, T, longer = grad(i, x, rows), torch.ones_like(w), 1
                 if algo in ("fedprox", "scaffold", "feddyn", "fedcm", "fedadam"):
                     u = zero
                 elif "lesam" in algo:
@@ -1441,8 +1600,13 @@ def oracle(algo, fed, grad, biases, rounds):
                     u = u - mu_i[i] - s
                 elif algo == "fedasam":
                     T = torch.where(biases, 1.0, x.abs() + cfg.asam_eta)
-                eps = cfg.rho * T * T * u / (T * u).norm() if u.norm() > 0 else zero
+                elif algo == "gcsam":
+                    g, u = u, slow_centralised(u, fed.task.shapes)
+                    longer = g.norm() / u.norm() if cfg.gc_code else 1               # the code divides by the norm of all of g
+                eps = cfg.rho * T * T * u / (T * u).norm() / longer if u.norm() > 0 else zero
                 G, decay = grad(i, x + eps, rows), cfg.weight_decay
+                if algo == "gcsam" and not cfg.gc_code:
+                    G = slow_centralised(G, fed.task.shapes)
                 if algo in ("fedprox", *WITH_H) and cfg.prox_clip:
                     G = G + cfg.prox * (x - w + h_i[i])
                 elif algo in ("fedprox", *WITH_H):
@@ -1468,7 +1632,7 @@ def oracle(algo, fed, grad, biases, rounds):
             m = -mean / (eta * sum(K.values()) / len(K))
         if algo == "fedadam":
             m, v = cfg.adam_b1 * m + (1 - cfg.adam_b1) * mean, cfg.adam_b2 * v + (1 - cfg.adam_b2) * mean**2
-            w = w + cfg.server_lr * m / (v.sqrt() + cfg.adam_eps)
+            w = w + cfg.adam_lr * m / (v.sqrt() + cfg.adam_eps)
         else:
             w = w + (mean + sum(h_i) / N if algo in WITH_H else cfg.server_lr * mean)
     rows = [c_i] * (algo in WITH_C) + [h_i] * (algo in WITH_H) + [mu_i] * (algo == "fedsmoo") + [old] * ("lesam" in algo)
@@ -1488,21 +1652,21 @@ def agrees_with_oracle(algo, fed, grad, biases, rounds=6):
     assert all(near(getattr(fed.method, k), v) for k, v in state.items() if hasattr(fed.method, k))
 
 
-KNOBS = {"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "adam_eps": 0.1, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
+KNOBS = {"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "adam_eps": 0.1, "adam_lr": 0.6, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
 
 
-@pytest.mark.parametrize("algo", TWELVE)
+@pytest.mark.parametrize("algo", WITH_ORACLE)
 def test_baselines_equal_slow_loops_on_quadratics(algo):
     for clip in (0.0, 1.0):
-        fed = quad(Quadratics(), algo, rounds=0, participation=3, clip=clip, **KNOBS)
+        fed = quad(Quadratics(), algo, rounds=0, participation=3, clip=clip, gc_code=clip > 0, **KNOBS)
         agrees_with_oracle(algo, fed, lambda i, w, rows: fed.task.gradient(i, w), torch.zeros(6, dtype=bool))
 
 
-@pytest.mark.parametrize("algo", TWELVE)
+@pytest.mark.parametrize("algo", WITH_ORACLE)
 def test_baselines_equal_slow_loops_on_a_network_with_unequal_clients(algo, bundled):
     """nn.Module and autograd, batches without padding; one by one and under vmap, where short clients wait for long ones."""
     for chunk, prox_clip in ((1, True), (3, False)):
-        fed = vision(algo, bundled, chunk=chunk, clip=0.5, prox_clip=prox_clip, **KNOBS, **UNEVEN)
+        fed = vision(algo, bundled, chunk=chunk, clip=0.5, prox_clip=prox_clip, gc_code=prox_clip, **KNOBS, **UNEVEN)
         net, train = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train
 
         def grad(i, w, rows):
@@ -1520,7 +1684,7 @@ def test_baselines_equal_slow_loops_on_a_network_with_unequal_clients(algo, bund
     ("mofedsam", {"rho": 0.0}, "fedcm"), ("mofedsam", {"momentum_alpha": 1.0}, "fedsam"), ("fedgamma", {"rho": 0.0}, "scaffold"),
     ("fedgamma", {"variate": 0.0}, "fedsam"), ("fedspeed", {"rho": 0.0}, "feddyn"), ("fedsmoo", {"rho": 0.0}, "feddyn"),
     ("fedlesam-s", {"rho": 0.0}, "scaffold"), ("fedlesam-s", {"variate": 0.0}, "fedlesam"), ("fedlesam-d", {"rho": 0.0}, "feddyn"),
-    ("fedasam", {"rho": 0.0}, "fedavg")])
+    ("fedasam", {"rho": 0.0}, "fedavg"), ("gcsam", {"rho": 0.0, "gc_code": True}, "fedavg"), ("dynafed-adam", {"finetune_epochs": 0}, "fedavg-adam")])
 def test_baselines_with_their_own_term_off_are_their_parents_bit_for_bit(algo, off, parent, bundled):
     for kw in ({}, {"compressor": QSGD(7, "max", 64)}, {"compressor": TopK(50), "error_feedback": True}):
         pair = [vision(a, bundled, torch.float32, begin=4, **kw, **off) for a in (algo, parent)]
@@ -1650,11 +1814,11 @@ def test_baselines_fedcm_momentum_is_the_last_mean_update_in_gradient_scale():
 def test_baselines_fedadam_steps_are_its_formula():
     task = Quadratics()
     delta = quad(task, "fedavg").w - task.w0
-    fed = quad(task, "fedadam", server_lr=0.05)
+    fed = quad(task, "fedadam", adam_lr=0.05)
     assert torch.allclose(fed.w - task.w0, 0.05 * 0.1 * delta / (0.1 * delta.abs() + 0.01), rtol=1e-12)        # (1 - 0.99)^0.5 = 0.1
-    large = quad(task, "fedadam", rounds=3, server_lr=1e9, adam_eps=1e9, adam_b1=0.0, adam_b2=0.0)             # eps drowns sqrt(v)
+    large = quad(task, "fedadam", rounds=3, adam_lr=1e9, adam_eps=1e9, adam_b1=0.0, adam_b2=0.0)             # eps drowns sqrt(v)
     assert torch.allclose(large.w, quad(task, "fedavg", rounds=3).w, rtol=1e-8)
-    sign = quad(task, "fedadam", server_lr=0.05, adam_eps=1e-300, adam_b1=0.0, adam_b2=0.0)
+    sign = quad(task, "fedadam", adam_lr=0.05, adam_eps=1e-300, adam_b1=0.0, adam_b2=0.0)
     assert torch.allclose(sign.w - task.w0, 0.05 * delta.sign(), rtol=1e-9)
 
 
@@ -1700,6 +1864,63 @@ def test_baselines_fedasam_scales_weights_and_not_biases(bundled):
     for _ in range(3):
         ball.round()
     assert torch.allclose(ball.w, vision("fedsam", bundled, begin=3, rho=0.05).w, atol=1e-6)
+
+
+def test_baselines_gcsam_never_moves_the_mean_weight_into_a_unit(bundled):
+    """As long as nothing but G moves w; by its released code it does. Without matrices there is nothing to centralise: FedSAM."""
+    into = lambda w, shapes: torch.cat([p.flatten(1).mean(1) for p in models.unflatten(w, shapes) if p.dim() > 1])                # noqa: E731
+    for code in (False, True):
+        fed = vision("gcsam", bundled, model="cnn", lr=0.3, begin=3, gc_code=code)
+        moved = (into(fed.w, fed.task.shapes) - into(fed.task.w0, fed.task.shapes)).abs().max()
+        assert (moved < 1e-14) != code and (fed.w - fed.task.w0).norm() > 0.1 and (not code or moved > 1e-5)
+        task = Quadratics()
+        task.shapes = [(6,)]
+        assert torch.equal(quad(task, "gcsam", rounds=3, gc_code=code).w, quad(task, "fedsam", rounds=3).w)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_baselines_local_adam_is_torchs_adam_kept_by_every_client(chunk, bundled):
+    """A module and an optimizer of its own for every client, over rounds; clients of unequal length."""
+    fed = vision("fedavg-adam", bundled, chunk=chunk, clip=0.5, weight_decay=0.01, lr=0.01, lr_decay=0.8, server_lr=0.7, **UNEVEN)
+    nets = [models.mlp_module(1, 28, 28, 10, 8).double() for _ in range(6)]
+    adams, train, w, steps = [torch.optim.Adam(net.parameters(), weight_decay=0.01) for net in nets], fed.task.train, fed.w, [0] * 6
+    for t in range(5):
+        active, ends = fed.clients(t), []
+        for i, plan in zip(active, fed.plans(active, t)):
+            nn.utils.vector_to_parameters(w, nets[i].parameters())
+            for p in nets[i].parameters():
+                p.data = p.data.clone()                                              # it would be a view of w
+            adams[i].param_groups[0]["lr"], steps[i] = 0.01 * 0.8**t, steps[i] + len(plan)
+            for rows in plan:
+                numbers = rows[rows[:, 0] >= 0, 0]
+                adams[i].zero_grad()
+                F.cross_entropy(nets[i]((train.x[numbers].double() - train.mean) / train.std), train.y[numbers]).backward()
+                norm = torch.cat([p.grad.flatten() for p in nets[i].parameters()]).norm()
+                for p in nets[i].parameters():
+                    p.grad *= min(1, 0.5 / norm)
+                adams[i].step()
+            ends.append(nn.utils.parameters_to_vector(nets[i].parameters()).detach())
+        w = w + 0.7 * (torch.stack(ends).mean(0) - w)
+        fed.round()
+        assert torch.allclose(fed.w, w, rtol=1e-9, atol=1e-11), t
+    assert len(set(steps)) > 2 and max(steps) > len(plan)                            # unequal, and somebody came again
+    for i in fed.memory.slot:
+        m, v, k = fed.memory.read([i], None)[0]
+        assert (k == steps[i]).all()
+        for mine, name in ((m, "exp_avg"), (v, "exp_avg_sq")):
+            theirs = torch.cat([adams[i].state[p][name].flatten() for p in nets[i].parameters()])
+            assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12) and theirs.norm() > 0
+
+
+def test_baselines_local_adam_corrects_its_bias_in_float32_too():
+    """The first step is eta long in every coordinate, and 1 - 0.999 in float32 would be wrong by 1e-5."""
+    method = baselines.LocalAdam(Quadratics(), config.Config(algo="fedavg-adam", clip=0.0))
+    g = torch.linspace(-1, 1, 6)
+    method.gradient = lambda w, rows, me, uphill: g
+    w, me = method.step(torch.zeros(6), None, fl.Client(None, torch.zeros(3, 6)), torch.tensor(1.0), None)
+    assert torch.allclose(w, -g.sign(), rtol=1e-6) and torch.equal(me.memory[2], torch.ones(6))
+    w, me = method.step(torch.zeros(6), None, fl.Client(None, torch.zeros(3, 6)), torch.tensor(0.0), None)
+    assert torch.equal(w, torch.zeros(6)) and torch.equal(me.memory, torch.zeros(3, 6))                # padding
 
 
 @pytest.mark.parametrize("algo", [a for a in baselines.METHODS if a != "fedsynsam"])
@@ -1765,7 +1986,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
         assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients.split()[0])
 
 
-@pytest.mark.parametrize("algo", [*TWELVE, *ALIGNED])
+@pytest.mark.parametrize("algo", [*WITH_ORACLE, *ALIGNED, "fedavg-adam"])
 def test_baselines_continue_from_a_checkpoint_bit_for_bit(algo, tmp_path):
     kw = {"participation": 3, "error_feedback": True, "lr": 0.05, "server_lr": 0.5, "rho": 0.05, "prox": 0.5, "lr_decay": 0.9}
     whole, first, second = (quad(Quadratics(), algo, TopK(3, f64), rounds=r, **kw) for r in (8, 4, 0))
@@ -1938,7 +2159,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -1954,6 +2175,30 @@ def test_config_names_every_compressor_with_its_settings():
     assert make(compress="dithering", nu=2) == SparseDithering(2) and make() == QSGD(1, "max", 512)
 
 
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_legal_settings_and_find_their_published_numbers(name):
+    table = presets.PRESETS[name].published
+    assert len(table) >= 6 and "arXiv" in presets.PRESETS[name].source + "arXiv" * name.startswith("flsim")
+    for (algo, split, man), number in table.items():
+        how = {"partition": "iid"} if split == "iid" else {"alpha": split}
+        cfg = config.Config(algo=algo, **{**presets.fields(name, algo), **how, "man": man, "seed": 3}).check()
+        assert presets.published(cfg) == number and 10 < number < 100
+        for change in ({"rho": 0.3}, {"clients": 101}, {"partition": "shards"}, {"preset": ""}, {"alpha": 7.0, "partition": cfg.partition if split != "iid" else "dirichlet"}):
+            assert presets.published(dataclasses.replace(cfg, **change)) is None
+    assert dataclasses.replace(cfg, preset="").hash() == cfg.hash()                   # where settings came from does not change them
+
+
+def test_presets_print_the_published_number_beside_ours_and_yield_to_flags(tmp_path, capsys, monkeypatch):
+    words = run.parser().parse_args("--preset fedwmsam-fmnist --algo fedsam fedsmoo fedavg --batch 25".split())
+    rho = {c.algo: (c.rho, c.batch, c.model, c.preset) for c in run.configs_of(words)}
+    assert rho == {"fedsam": (0.01, 25, "mlp", "fedwmsam-fmnist"), "fedsmoo": (0.1, 25, "mlp", "fedwmsam-fmnist"), "fedavg": (0.1, 25, "mlp", "fedwmsam-fmnist")}
+    tiny = {"rounds": 2, "clients": 4, "participation": 2, "local_steps": 1, "model": "mlp", "hidden": 4, "measure_images": 50, "alpha": 0.5}
+    monkeypatch.setitem(presets.PRESETS, "tiny", presets.Preset("A paper (arXiv 1), table 2", tiny, {}, presets.rows((0.5,), "fedavg 12.34")))
+    assert "| published % |" in (out := main(capsys, "--preset", "tiny", "--algo", "fedavg", "fedcm", "--out", tmp_path)[1]) and "| 12.34 |" in out and "| - |" in out
+    assert "12.34 % test (A paper (arXiv 1))" in main(capsys, "--preset", "tiny", "--algo", "fedavg", "--out", tmp_path)[1]
+    assert "12.34" not in main(capsys, "--preset", "tiny", "--algo", "fedavg", "--out", tmp_path, "--lr", 0.3)[1]
+
+
 @pytest.mark.parametrize("words, hint", [
     ("--algo fedsinsam", "did you mean 'fedsynsam'"), ("--algo FEDAVG", "'fedavg'"), ("--alpha 0", "alpha = 0.0 must be above 0"),
     ("--alpha -1", "above 0"), ("--alpha nan", "not a finite number"), ("--clients 9001 --participation 1", "must be in 1..9000"),
@@ -1966,8 +2211,8 @@ def test_config_names_every_compressor_with_its_settings():
     ("--name a/b", "plain folder name"), ("--seeds 0", "1..1000"), ("--window 99", "1..10"), ("--partition shards --classes-per-client 11", "cannot cover"),
     ("--warmup 9 --rounds 9", "below rounds"), ("--compress randk --error-feedback", "contractive"), ("--dataset {names}", "classes is (2,)"),
     ("--clients 5000 --participation 1 --partition shards --classes-per-client 2", "without images"), ("--resume {folder} --rounds 3", "leave out --rounds"),
-    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"),
-    ("--momentum-alpha 0", "above 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
+    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--preset fedwmsam", "did you mean 'fedwmsam-fmnist'"), ("--lr-decay 0", "above 0"),
+    ("--momentum-alpha 0", "above 0"), ("--man -0.1", "at least 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
     ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
@@ -2092,7 +2337,7 @@ def test_run_explain_shows_the_source_that_differs(name, capsys):
         if inspect.isfunction(value):
             assert all(line.strip() in out for line in inspect.getsource(value).splitlines())
     assert all(base.__name__ in out for base in method.__bases__ if base is not object)
-    assert len(method.__bases__) < 2 or "direction: as " in out                      # a crossing: who answers what
+    assert len(method.__bases__) < 2 or ": as " in out                               # a crossing: who answers what
 
 
 def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
@@ -2137,7 +2382,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "align", "baselines", "ranks", "tasks", "memory", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "fl", "align", "baselines", "ranks", "tasks", "memory", "loop", "config", "presets", "experiment", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
