@@ -1977,7 +1977,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     fresh.receive(fed.w, fed.method.broadcast(fed.w)[1:])
     if kind.surveys:
         fresh.hear(fed.w[None])
-    assert set(vars(fed.method)) - {"grad_of"} == set(vars(fresh))                   # no state that the list does not know
+    assert set(vars(fed.method)) - {"grad_of", "functional"} == set(vars(fresh))                   # no state that the list does not know
     assert all(p in parent for p in (c.__name__ for c in kind.__bases__ if c is not object)) and len(source) > 8
     said = re.search(r"(\d )?d floats up(?: and down|[^;]*?, (\d )?d down)", kind.__doc__.replace("\n", " "))
     if not issubclass(kind, fl.Distilling) or said:
