@@ -35,6 +35,7 @@ import math
 
 import torch
 
+import align
 import fl
 import sam
 
@@ -308,6 +309,6 @@ class GCSAM(fl.FedSAM):
         return g if code else sam.centralise(g, shapes)
 
 
-METHODS = {**fl.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
+METHODS = {**fl.METHODS, **align.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
            "mofedsam": MoFedSAM, "fedgamma": FedGAMMA, "fedspeed": FedSpeed, "fedsmoo": FedSMOO, "fedlesam-s": FedLESAMS,
            "fedlesam-d": FedLESAMD, "fedasam": FedASAM, "gcsam": GCSAM, "fedavg-adam": LocalAdam, "dynafed-adam": DynaFedAdam}

@@ -86,6 +86,8 @@ class Config:
     adam_b1: float = option(0.9, "FedAdam: decay of the first moment a round, below 1 [FL-Simulator]")
     adam_b2: float = option(0.99, "FedAdam: decay of the second moment a round, below 1 [FL-Simulator]")
     adam_eps: float = option(0.01, "FedAdam: added to the root of the second moment, per unit of w, above 0 [FL-Simulator]")
+    # alignment of gradients (align.py)
+    beta: float = option(0.025, "GradAlign, FedGA: displacement v_i = beta (g_i - g), per unit of gradient; 0 is FedAvg [GradAlign's code for EMNIST]")
     # synthetic data (DynaFed, FedSynSAM)
     warmup: int = option(10, "rounds T_w before the synthesis [ours; DynaFed 24]")
     warmup_method: str = option("fedsam", "FedSynSAM before the synthesis [ours]", "fedsam", "fedavg")
@@ -138,7 +140,7 @@ class Config:
                 ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("man", 0, None), ("prox", 0, None),
-                ("variate", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
+                ("variate", 0, None), ("beta", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
                 ("procs", 0, 1024), ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
             value = getattr(self, name)

@@ -35,6 +35,7 @@ import ranks
 import sharpness
 import split
 import synth
+import tasks
 from config import Config
 from tools import plot
 
@@ -82,7 +83,7 @@ def compose(cfg):
     model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device,
                          depth=cfg.depth, stem=cfg.stem)
     parts = split.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
-    task = loop.Task(model, images.train, parts, cfg)
+    task = tasks.Task(model, images.train, parts, cfg)
     chunk = cfg.chunk or (1 if device.type == "cpu" or cfg.compile else cfg.participation)
     workers = threads if device.type == "cpu" else 1
     return images, loop.Federation(baselines.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), workers, chunk)
@@ -209,7 +210,7 @@ def execute(folder, cfg, label="", made=None):
     with log, tqdm(total=cfg.rounds, initial=fed.t, desc=label or cfg.algo, disable=None if first else True) as bar:
         while fed.t < cfg.rounds:
             synthesised = fed.round(progress=first)
-            line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down}
+            line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down, **fed.report}
             if fed.t % cfg.eval_every == 0 or fed.t == cfg.rounds:
                 line |= evaluated(fed, images, rows)
                 bar.set_postfix(loss=f"{line['train_loss']:.3f}", acc=f"{line['test_acc']:.3f}", MB=f"{(fed.up + fed.down) / 1e6:.1f}")
@@ -277,7 +278,7 @@ def evaluated(fed, images, rows):
     sample = images.train._replace(x=images.train.x[rows], y=images.train.y[rows])
     out = {}
     for name, part in (("train", sample), ("val", images.val), ("test", images.test)):
-        out[f"{name}_loss"], out[f"{name}_acc"] = loop.evaluate(fed.task.apply, fed.w, part, each=fed.pool.map)
+        out[f"{name}_loss"], out[f"{name}_acc"] = tasks.evaluate(fed.task.apply, fed.w, part, each=fed.pool.map)
     if not math.isfinite(out["train_loss"]):
         raise loop.Diverged(f"round {fed.t}, server: the training loss is {out['train_loss']}. Likely cause: lr = {fed.cfg.lr:g} is too large")
     return out
@@ -301,8 +302,8 @@ def measured(folder, fed, rows, seconds):
             "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows, each=fed.pool.map),
             "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()},
             "mixed_at": mix, "measured_on": len(rows), "matching_loss": statistics.fmean(matching) if matching else None,
-            "up": fed.up, "down": fed.down, "seconds": seconds,
-            "ratio": 4 * len(fed.w) * fed.method.uplinks * cfg.participation * cfg.rounds / fed.up}
+            **{name: mean(name) for name in fed.method.reports}, "up": fed.up, "down": fed.down, "seconds": seconds,
+            "ratio": 4 * len(fed.w) * (fed.method.uplinks + fed.method.surveys) * cfg.participation * cfg.rounds / fed.up}
 
 
 def described(cfg):

@@ -6,9 +6,10 @@ what arrives and moves. G and a few details are the method; the machinery around
 Symbols: d parameters; N clients, m active in a round; K local steps; eta learning rate of the client; rho radius of SAM's
 ball; `delta` is always a descent displacement (w_after - w_before), a gradient is `g`, and uphill is -delta or +g.
 
-A method answers five questions, and a new method overrides only the answers that differ from its parent's:
+A method answers six questions, and a new method overrides only the answers that differ from its parent's:
 
     broadcast   what is sent down besides w?                              (`receive`: what a client makes of it)
+    start       where does a client begin to walk?                        (at the w it received)
     direction   which way is uphill, before the gradient is read there?   (None: read it at w)
     gradient    what corrects the gradient?
     finish      what does a client send up, and what does it remember?    (`remember`: once it knows what the server decoded)
@@ -46,9 +47,10 @@ def generator(seed, *what, device="cpu"):
 
 
 class Client(NamedTuple):
-    """What one client holds during a round: start [d] = w^t as received, memory [p, d] its own rows.  Source: ours."""
+    """What one client holds during a round: start [d] = w^t as received, memory [p, d] its own rows, said [s, d]: see `survey`.  Source: ours."""
     start: torch.Tensor
     memory: torch.Tensor
+    said: torch.Tensor = None
 
 
 # ------------------------------------------------------------------------------------------------------ the methods
@@ -58,8 +60,10 @@ class FedAvg:
     w [d]; 1 gradient a step; d floats up and down; no state.  Source: McMahan et al. 2017, Algorithm 1.
     """
     memory = 0                                  # vectors [d] that a client keeps between its rounds
-    uplinks = 1                                 # vectors [d] that a client sends in a round
+    uplinks = 1                                 # vectors [d] that a client sends in a round, after its steps
+    surveys = 0                                 # vectors [d] that a client sends in a round, before its steps (align.py)
     gradients = 1                               # gradients that a client computes in a local step, for `run.py --list`
+    reports = ()                                # names of the numbers that `report` says
     functional = False                          # True where torch.func must take the gradients: under vmap and torch.compile
 
     def __init__(self, task, cfg):
@@ -100,6 +104,16 @@ class FedAvg:
         """The rows [p, d] of a client that was never active before, given w [d].  Source: ours."""
         return w.new_zeros(self.memory, len(w))
 
+    def survey(self, w, everything):
+        """What a client sends before it trains, given w [d] and all its images in batches [n, B, 4] -> [surveys, d].  Source: ours."""
+
+    def hear(self, mean):
+        """What a client makes of the mean [surveys, d] of all active clients' answers, as it came down the wire.  Source: ours."""
+
+    def start(self, w, me):
+        """Where a client begins, given w [d] as received -> [d].  Source: ours."""
+        return w
+
     def direction(self, w, rows, me):
         """Which way is uphill at w [d]? -> [d], or None to stay at w.  Source: ours."""
         return None
@@ -139,6 +153,10 @@ class FedAvg:
         Source: McMahan et al. 2017.
         """
         return w + self.cfg.server_lr * mean[0]
+
+    def report(self, said, kept, weights):
+        """Numbers for the log, one for each of `reports`, from decoded answers said [m, s, d], memory kept [m, p, d], weights [m].  Source: ours."""
+        return []
 
 
 class FedSAM(FedAvg):

@@ -19,7 +19,7 @@ A view and a permutation then give a channels-last weight without a copy. `w.spl
 its backward is a single concatenation. ReLU stands behind the max-pool: the same function on a quarter of the entries.
 No batch statistics anywhere, so the parameters are all there is to send.
 
-`watched` is `apply` that also tells how active the hidden layers are, which MAN keeps small (`--man`, loop.Task.loss):
+`watched` is `apply` that also tells how active the hidden layers are, which MAN keeps small (`--man`, tasks.Task.loss):
 
     activity(x) = sum over the layers l of ||a_l||^2 / n_l        a_l [n_l] what leaves a ReLU, before pooling; not the scores
 

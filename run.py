@@ -57,6 +57,8 @@ def card(folder, r):
             ("sent up", f"{r['up'] / 1e6:.2f} MB, {r['ratio']:.1f} times less than uncompressed"),
             ("sent down", f"{r['down'] / 1e6:.2f} MB"),
             ("seconds", f"{r['seconds']:.0f}"), ("settings", f"{r['settings']} (d = {r['d']:,}, seed {r['seed']})"), ("folder", str(folder))]
+    if "gradient_variance" in r:
+        rows.insert(4, ("variance", f"{r['gradient_variance']:.3g}   (of the clients' gradients as the server saw them, halved; mean of the same rounds)"))
     if r["published"] is not None:
         rows.insert(1, ("published", f"{r['published']:.2f} % test ({presets.PRESETS[r['preset']].source.split(',')[0]})"))
     if r["matching_loss"] is not None:
@@ -162,13 +164,14 @@ def listing(cfg=Config()):
         down = method.broadcast(w)
         kept = [k + " [d]" * torch.is_tensor(v) for k, v in vars(method).items() if k not in ("task", "cfg")]
         source = " ".join(kind.__doc__.split("Source:")[1].split()).split(";")[0].rstrip(".")
-        rows.append((name, " + ".join(c.__name__ for c in kind.__bases__ if c is not object) or "-", str(method.gradients), times(method.uplinks),
-                     f"{method.uplinks * one_up:,}", times(len(down)) + " + parcel" * (kind.parcel is not fl.FedAvg.parcel),
+        ups, down = method.uplinks + method.surveys, down + [w] * method.surveys                     # an answer up, the mean down
+        rows.append((name, " + ".join(c.__name__ for c in kind.__bases__ if c is not object) or "-", f"{method.gradients}{' + all' * method.surveys}", times(ups),
+                     f"{ups * one_up:,}", times(len(down)) + " + parcel" * (kind.parcel is not fl.FedAvg.parcel),
                      f"{sum(len(wire.encode(x)) for x in down):,}", times(method.memory), ", ".join(kept) or "-", source))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(widths), *lines[1:], "",
-                      f"gradients: per local step. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
+                      f"gradients: per local step; all: one over all of a client's images, once a round. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
                       "A parcel (synthetic images) is fetched once. What a method does: python run.py --explain METHOD"])
 
 

@@ -267,6 +267,9 @@ def alignment(fed, rows, mix=0.5):
     synthetic = getattr(method, "synthetic", None)
     method.receive(fed.w, method.broadcast(fed.w)[1:])
     plans = fed.plans(clients, fed.t)
+    said = torch.stack([x_hat for x_hat, _ in fed.answers(fed.w, clients, fed.t)]) if method.surveys else None
+    if method.surveys:
+        fed.announce(said, clients)
 
     def measure(c, sent, _):
         w = fed.w + sent[0]
@@ -276,5 +279,5 @@ def alignment(fed, rows, mix=0.5):
             return cos + [math.nan] * 2
         g = method.grad_of(lambda v: synth.synthetic_loss(task.apply, v, synthetic), w)
         return cos + [sam.cosine(u, true) for u in (g, sam.mix_directions(own, g, mix, fed.cfg.mix_units))]
-    cos = fed.each_client(fed.w, fed.recall(clients, fed.w), [p[:-1] for p in plans], fed.t, measure)
+    cos = fed.each_client(fed.w, fed.recall(clients, fed.w), [p[:-1] for p in plans], fed.t, measure, said)
     return Alignment(*torch.tensor(list(cos)).mean(0).tolist())

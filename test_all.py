@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import align
 import baselines
 import bits
 import compress
@@ -38,6 +39,7 @@ import experiment
 import fl
 import landscape
 import loop
+import memory
 import models
 import presets
 import ranks
@@ -46,6 +48,7 @@ import sam
 import sharpness
 import split
 import synth
+import tasks
 from compress import QSGD, Identity, Natural, RandK, Sign, SparseDithering, TopK
 from tools import plot, tradeoff
 
@@ -947,6 +950,9 @@ class Quadratics:
     def plan(self, client, g):
         return torch.full((self.steps, 1, 1), client)
 
+    def everything(self, client):
+        return torch.full((1, 1, 1), client)
+
     def steps_of(self, client):
         return self.steps
 
@@ -967,7 +973,7 @@ def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None,
     cfg = config.Config(algo=algo, model=model, **kw).check()
     train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
     net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
-    task = loop.Task(net, train, split.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
+    task = tasks.Task(net, train, split.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
     fed = loop.Federation(baselines.METHODS[algo](task, cfg), compressor or Identity(dtype), workers=2, chunk=chunk)
     for _ in range(begin):
         fed.round()
@@ -1150,7 +1156,7 @@ def test_fl_man_is_in_the_ascent_and_in_the_descent(algo, bundled):
 
 def test_fl_man_is_not_seen_by_what_measures(bundled):
     plain, fed = (vision("fedsynsam", bundled, man=z) for z in (0.0, 5.0))
-    measures = [(loop.evaluate(f.task.apply, plain.w, f.task.train), sharpness.top_eigenvalue(f.task.apply, plain.w, f.task.train, torch.arange(60)),
+    measures = [(tasks.evaluate(f.task.apply, plain.w, f.task.train), sharpness.top_eigenvalue(f.task.apply, plain.w, f.task.train, torch.arange(60)),
                  experiment.evaluated(f, data.Dataset(f.task.train, f.task.train, f.task.train), torch.arange(60))) for f in (plain, fed)]
     assert measures[0] == measures[1]
     guess = synth.first_guess(1, 10, (1, 28, 28), 5.0, 0.1, seeded(), plain.w)
@@ -1239,11 +1245,11 @@ def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch
     whole, tried = vision("fedsam", bundled, chunk=4, begin=1), []
     at_once = loop.Federation.at_once
 
-    def small_memory(self, w, memory, plans, lr):
+    def small_memory(self, job, rows, plans):
         tried.append(len(plans))
         if len(plans) > 1:
             raise torch.OutOfMemoryError("the GPU is full")
-        return at_once(self, w, memory, plans, lr)
+        return at_once(self, job, rows, plans)
     monkeypatch.setattr(loop.Federation, "at_once", small_memory)
     assert torch.allclose(vision("fedsam", bundled, chunk=4, begin=1).w, whole.w, rtol=1e-9, atol=1e-11) and tried == [4, 2, 1, 1, 1, 1]
     monkeypatch.setattr(loop.Federation, "at_once", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("not even one")))
@@ -1252,14 +1258,14 @@ def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch
 
 
 def test_fl_memory_in_a_file_is_memory(tmp_path):
-    tables = [loop.Memory(2, torch.zeros(5, dtype=f64), file) for file in (None, tmp_path / "memory.bin")]
+    tables = [memory.Memory(2, torch.zeros(5, dtype=f64), file) for file in (None, tmp_path / "memory.bin")]
     for k, clients in enumerate(([3, 8], [8, 1], [0, 3, 99], list(range(20)))):
         for m in tables:
             m.write(clients, k + torch.arange(10.0 * len(clients), dtype=f64).view(-1, 2, 5))
     default = torch.full((2, 5), 7.0, dtype=f64)
     assert torch.equal(*(m.read([99, 50, 1, 8, 19], default) for m in tables)) and (tables[0].read([50], default) == 7).all()
     assert (tmp_path / "memory.bin").stat().st_size == len(tables[1].slot) * 2 * 5 * 8                 # clients never seen cost nothing
-    other = loop.Memory(2, torch.zeros(5, dtype=f64), tmp_path / "other.bin")
+    other = memory.Memory(2, torch.zeros(5, dtype=f64), tmp_path / "other.bin")
     other.restore(tables[0].table, dict(tables[0].slot))
     assert torch.equal(*(m.read([99, 1], default) for m in (other, tables[0])))
 
@@ -1269,7 +1275,7 @@ def test_fl_evaluation_in_chunks_and_threads_is_the_whole(bundled):
     x, y, _ = next(fed.task.train.chunks(240))
     scores = fed.task.apply(fed.w, x)
     for each in (map, fed.pool.map):
-        loss, accuracy = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50, each=each)
+        loss, accuracy = tasks.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50, each=each)
         assert loss == pytest.approx(float(F.cross_entropy(scores, y))) and accuracy == float((scores.argmax(1) == y).double().mean())
 
 
@@ -1355,11 +1361,210 @@ def test_fl_alignment_is_one_where_the_estimate_is_the_truth(bundled):
     assert math.isnan(sharpness.alignment(vision("fedavg", bundled, begin=1), rows).synthetic)
 
 
+# ------------------------------------------------------------------------------------------------------------- align
+ALIGNED = list(align.METHODS)
+UNEVEN = {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2, "participation": 3}               # clients of unequal length
+
+
+def asked(fed, clients, w=None):
+    """What the clients of the coming round say to the survey, and v_i [d] of each."""
+    w, method = fed.w if w is None else w, fed.method
+    method.receive(w, method.broadcast(w)[1:])
+    said = w.new_zeros(len(clients), 0, len(w))
+    if method.surveys:
+        said = torch.stack([x for x, _ in fed.answers(w, clients, fed.t)])
+        fed.announce(said, clients)
+    rows = fed.recall(clients, w)
+    return said, torch.stack([method.displacement(fl.Client(w, m, s)) for m, s in zip(rows, said)])
+
+
+def test_align_full_gradient_runs_over_all_images_of_a_client_once(bundled):
+    fed = vision("fedga", bundled, **UNEVEN)
+    train, net = fed.task.train, models.mlp_module(1, 28, 28, 10, 8).double()
+    assert len({len(fed.task.everything(i)) for i in range(6)}) > 1 and any(len(p) % 8 for p in fed.task.parts)      # unequal, and padded
+    for i, mine in enumerate(fed.task.parts):
+        nn.utils.vector_to_parameters(fed.w, net.parameters())
+        loss = F.cross_entropy(net((train.x[mine].double() - train.mean) / train.std), train.y[mine])
+        true = nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+        assert torch.allclose(fed.method.survey(fed.w, fed.task.everything(i))[0], true, rtol=1e-10, atol=1e-13)
+        padded = F.pad(fed.task.everything(i), (0, 0, 0, 0, 0, 2), value=-1)
+        assert torch.allclose(fed.method.survey(fed.w, padded)[0], true, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("average", ["uniform", "size"])
+@pytest.mark.parametrize("compressor", [Identity(f64), QSGD(1, "max", 64, f64), TopK(50, f64)], ids=str)
+def test_align_displacements_cancel(average, compressor, bundled):
+    """Weighted as the mean over clients is, with every compressor: they are made of what was decoded."""
+    fed = vision("fedga", bundled, compressor=compressor, begin=1, beta=0.3, average=average, **UNEVEN)
+    said, v = asked(fed, fed.clients(1))
+    p = fed.weights(fed.clients(1))
+    assert float(p.sum()) == pytest.approx(1) and (len(set(p.tolist())) > 1) == (average == "size")
+    assert (p @ v).norm() < 1e-12 * v.norm() and v.norm() > 1e-3
+    exact = torch.stack([fed.method.survey(fed.w, fed.task.everything(i))[0] for i in fed.clients(1)])
+    assert torch.allclose(said[:, 0], exact, rtol=1e-9, atol=1e-12) == isinstance(compressor, Identity)
+
+
+def test_align_previous_displacements_cancel_at_full_participation():
+    for compressor in (Identity(f64), QSGD(1, "max", 4, f64)):
+        fed = quad(Quadratics(), "fedga-previous", compressor, rounds=4, beta=0.2)
+        _, v = asked(fed, range(8))
+        assert v.sum(0).norm() < 1e-12 * v.norm() and v.norm() > 0.01
+    fed = quad(Quadratics(), "fedga-previous", rounds=3, beta=0.2, participation=2)
+    new = next(i for i in range(8) if i not in fed.memory.slot)
+    _, v = asked(fed, [new, next(iter(fed.memory.slot))])
+    assert v[0].norm() == 0 and v[1].norm() > 0.01                                   # never active: not displaced
+
+
+@pytest.mark.parametrize("algo", ALIGNED)
+def test_align_without_beta_is_fedavg_bit_for_bit(algo, bundled):
+    for kw in ({}, {"compressor": QSGD(7, "max", 64), "weight_decay": 0.1}, {"compressor": TopK(50), "error_feedback": True, "average": "size"}, {"chunk": 3}):
+        pair = [vision(a, bundled, torch.float32, begin=4, beta=0.0, **kw) for a in (algo, "fedavg")]
+        assert torch.equal(pair[0].w, pair[1].w)
+    assert not torch.equal(vision(algo, bundled, torch.float32, begin=4, beta=0.3).w, vision("fedavg", bundled, torch.float32, begin=4).w)
+
+
+def test_align_fedga_is_gradalign(bundled):
+    """K = 1: the paper's identity. K > 1 with v_i held: w_k + v_i = y_k, so for every K, unless weight decay tells w and y apart."""
+    ends = lambda **kw: [vision(a, bundled, begin=3, beta=0.3, clip=0.5, **kw).w for a in ("gradalign", "fedga")]       # noqa: E731
+    for kw in ({"local_steps": 1}, {"local_steps": 5}, {"average": "size", **UNEVEN}):
+        a, b = ends(**kw)
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
+    a, b = ends(local_steps=5, weight_decay=0.1)
+    assert 1e-8 < (a - b).norm() < 1e-2
+
+
+def test_align_on_quadratics_one_step_descends_the_loss_and_its_variance():
+    """mean g_i(w + v_i) = grad f + beta grad r exactly, for every beta; r by its definition, grad r by central differences."""
+    task, e = Quadratics(steps=1), torch.eye(6, dtype=f64)
+
+    def r(w):
+        g = [task.gradient(i, w) for i in range(8)]
+        return sum((g_i - sum(g) / 8).square().sum() for g_i in g) / 16
+    grad_r = torch.stack([(r(task.w0 + 1e-4 * x) - r(task.w0 - 1e-4 * x)) / 2e-4 for x in e])
+    grad_f = torch.stack([task.gradient(i, task.w0) for i in range(8)]).mean(0)
+    for beta in (0.01, 0.5, 20.0):
+        for algo in ("gradalign", "fedga"):
+            fed = quad(task, algo, beta=beta)
+            assert torch.allclose((task.w0 - fed.w) / 0.1, grad_f + beta * grad_r, rtol=1e-7, atol=1e-9)
+            assert fed.report["gradient_variance"] == pytest.approx(float(r(task.w0)), rel=1e-12)
+
+
+def test_align_on_a_network_the_error_is_of_first_order_in_beta(bundled):
+    """A smooth one: where ReLU has its kinks a gradient jumps, and no derivative knows of it."""
+    fed = vision("gradalign", bundled, participation=6, local_steps=1, beta=0.1)
+
+    def smooth(w, x):
+        W1, b1, W2, b2 = w.split([6272, 8, 80, 10])
+        return torch.tanh(x.flatten(1) @ W1.view(784, 8) / 28 + b1) @ W2.view(8, 10) + b2
+    fed.task.apply = smooth
+    rows = [fed.task.everything(i) for i in range(6)]
+    gradients = lambda w: torch.stack([fed.method.survey(w, x)[0] for x in rows])                                # noqa: E731
+    w = fed.w.clone().requires_grad_()
+    g = [sum((x[:, 0] >= 0).sum() * torch.autograd.grad(fed.task.loss(w, x), w, create_graph=True)[0] for x in b) / (b[..., 0] >= 0).sum() for b in rows]
+    r = sum((g_i - sum(g) / 6).square().sum() for g_i in g) / 12
+    grad_r, = torch.autograd.grad(r, w)
+    assert float(align.gradient_variance(gradients(fed.w), torch.full((6,), 1 / 6, dtype=f64))) == pytest.approx(float(r.detach()))
+    errors = []
+    for beta in (1e-2, 1e-3, 1e-4):
+        fed.method.cfg = dataclasses.replace(fed.cfg, beta=beta)
+        _, v = asked(fed, range(6))
+        displaced = torch.stack([fed.method.survey(fed.w + v_i, x)[0] for v_i, x in zip(v, rows)])
+        errors.append(float(((displaced - gradients(fed.w)).mean(0) / beta - grad_r).norm() / grad_r.norm()))
+    assert errors[0] < 0.2 and errors[1] < 0.2 * errors[0] and errors[2] < 0.2 * errors[1], errors
+
+
+def test_align_makes_the_clients_agree():
+    """Of two models with about the same loss, GradAlign's is the one where the gradients differ less."""
+    task = Quadratics(n=4, d=4, steps=1)
+    ends = {beta: quad(task, "gradalign", rounds=100, beta=beta) for beta in (0.0, 0.02, 0.1)}
+    r = [fed.report["gradient_variance"] for fed in ends.values()]
+    f = [float(torch.stack([task.loss(fed.w, torch.tensor([[i]])) for i in range(4)]).mean()) for fed in ends.values()]
+    assert r[0] > r[1] > r[2] and f[0] < f[1] < f[2]                                 # alignment is bought with loss
+
+
+def aligned_oracle(algo, fed, grad, full, rounds):
+    """Fresh and previous once more, as slow loops; grad(i, w, rows), full(i, w) -> [d]. -> (w, r of each round)."""
+    cfg, w, said = fed.cfg, fed.task.w0, []
+    own, g = {}, torch.zeros_like(w)
+    for t in range(rounds):
+        active, eta, ends, K = fed.clients(t), cfg.lr * cfg.lr_decay**t, {}, {}
+        p = {i: fed.task.sizes[i] / sum(fed.task.sizes[j] for j in active) if cfg.average == "size" else 1 / len(active) for i in active}
+        if algo != "fedga-previous":
+            own = {i: full(i, w) for i in active}
+            g = sum(p[i] * own[i] for i in active)
+            said.append(sum(p[i] * (own[i] - g).square().sum() / 2 for i in active))
+        for i, plan in zip(active, fed.plans(active, t)):
+            v = cfg.beta * (own.get(i, g) - g)
+            y = w if algo == "gradalign" else w + v
+            for rows in plan:
+                G = grad(i, y + v if algo == "gradalign" else y, rows)
+                y = y - eta * (G + cfg.weight_decay * y)
+            ends[i], K[i] = y - w - (0 if algo == "gradalign" else v), len(plan)
+        mean = sum(p[i] * ends[i] for i in active)
+        if algo == "fedga-previous":
+            own |= {i: -ends[i] / (K[i] * eta) for i in active}
+            g = -mean / (eta * sum(p[i] * K[i] for i in active))
+            centre = sum(p[i] * own[i] for i in active)
+            said.append(sum(p[i] * (own[i] - centre).square().sum() / 2 for i in active))
+        w = w + cfg.server_lr * mean
+    return w, own, g, [float(r) for r in said]
+
+
+ALIGN_KNOBS = {"beta": 0.2, "clip": 0.0, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
+
+
+def agrees_with_aligned_oracle(algo, fed, grad, full):
+    w, own, g, said = aligned_oracle(algo, fed, grad, full, 6)
+    for r in said:
+        fed.round()
+        assert fed.report == {"gradient_variance": pytest.approx(r, rel=1e-9)}
+    assert torch.allclose(fed.w, w, rtol=1e-11, atol=1e-12) and (fed.w - fed.task.w0).norm() > 1e-2
+    if algo == "fedga-previous":
+        assert torch.allclose(fed.method.g, g, rtol=1e-10, atol=1e-12) and len(fed.memory.slot) > fed.cfg.participation
+        assert all(torch.allclose(fed.memory.read([i], None)[0, 0], row, rtol=1e-10, atol=1e-12) for i, row in own.items())
+
+
+@pytest.mark.parametrize("algo", ALIGNED)
+def test_align_equals_slow_loops_on_quadratics(algo):
+    for average in ("uniform", "size"):
+        fed = quad(Quadratics(sizes=[1, 2, 3, 4, 5, 6, 7, 8]), algo, rounds=0, participation=3, average=average, **ALIGN_KNOBS)
+        agrees_with_aligned_oracle(algo, fed, lambda i, w, rows: fed.task.gradient(i, w), lambda i, w: fed.task.gradient(i, w))
+
+
+@pytest.mark.parametrize("algo", ALIGNED)
+def test_align_equals_slow_loops_on_a_network_with_unequal_clients(algo, bundled):
+    for chunk, average in ((1, "size"), (2, "uniform")):
+        fed = vision(algo, bundled, chunk=chunk, average=average, **ALIGN_KNOBS, **UNEVEN)
+        net, train = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train
+
+        def full(i, w, numbers=None):
+            nn.utils.vector_to_parameters(w, net.parameters())
+            numbers = fed.task.parts[i] if numbers is None else numbers
+            loss = F.cross_entropy(net((train.x[numbers].double() - train.mean) / train.std), train.y[numbers])
+            return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+        agrees_with_aligned_oracle(algo, fed, lambda i, w, rows: full(i, w, rows[rows[:, 0] >= 0, 0]), full)
+
+
+def test_align_error_feedback_leaves_the_survey_alone():
+    plain, fed = (quad(Quadratics(), "fedga", TopK(2, f64), rounds=0, error_feedback=b, beta=0.2) for b in (False, True))
+    for _ in range(3):
+        fed.round()
+    plain.t, plain.w = fed.t, fed.w
+    assert fed.memory.table.shape == (8, 1, 6) and fed.memory.table.norm() > 0       # one residual, of the update
+    assert torch.equal(asked(plain, range(8))[0], asked(fed, range(8))[0])
+
+
+def test_align_a_survey_that_is_not_finite_names_the_client():
+    fed = quad(Quadratics(), "fedga", rounds=0)
+    fed.w = torch.full_like(fed.w, 1e308)
+    with pytest.raises(loop.Diverged, match=r"round 1, client \d.*1e\+308"):
+        fed.round()
+
+
 # --------------------------------------------------------------------------------------------------------- baselines
 TWELVE = ["fedprox", "scaffold", "feddyn", "fedcm", "fedadam", "mofedsam", "fedgamma", "fedspeed", "fedsmoo", "fedlesam-s", "fedlesam-d", "fedasam"]
 WITH_C, WITH_H = ("scaffold", "fedgamma", "fedlesam-s"), ("feddyn", "fedspeed", "fedsmoo", "fedlesam-d")      # c_i, c and h_i, h
 WITH_ORACLE = [*TWELVE, "gcsam"]
-UNEVEN = {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2, "participation": 3}               # clients of unequal length
 
 
 def slow_centralised(g, shapes):
@@ -1580,7 +1785,7 @@ def test_baselines_a_client_that_adds_up_what_it_meant_to_send_rests_beside_the_
     task = Quadratics(n=4, d=4, steps=5, spread=3.0)
     for compressor, beside in ((Identity(f64), False), (QSGD(4, "l2", 0, f64), True)):
         fed = quad(task, "fedavg", compressor, rounds=0, prox=1.0)
-        fed.method, fed.memory = Own(task, fed.cfg), loop.Memory(1, task.w0)
+        fed.method, fed.memory = Own(task, fed.cfg), memory.Memory(1, task.w0)
         for _ in range(120):
             fed.round()
         assert fed.move.norm() < 1e-9 and ((fed.w - task.best).norm() > 0.01 * (task.w0 - task.best).norm()) == beside
@@ -1726,11 +1931,13 @@ def test_baselines_clients_read_only_what_came_through_the_wire(algo, bundled):
     fed = vision(algo, bundled, begin=3, **UNEVEN)
     elsewhere, clients = baselines.METHODS[algo](fed.task, fed.cfg), fed.clients(3)
     (w, *extra), _ = fed.through_wire(fed.method.broadcast(fed.w))
-    ends = []
+    said, ends = asked(fed, clients)[0] if algo in ALIGNED else [None] * 3, []
     for method in (fed.method, elsewhere):
         method.receive(w, extra)
-        memory = fed.memory.read(clients, method.first_memory(w))
-        ends.append([loop.local_training(method, w, own, plan, 0.05) for own, plan in zip(memory, fed.plans(clients, 3))])
+        memory, fed.method = fed.memory.read(clients, method.first_memory(w)), method
+        if method.surveys:
+            fed.announce(said, clients)
+        ends.append([loop.local_training(method, w, own, plan, 0.05, s) for own, plan, s in zip(memory, fed.plans(clients, 3), said)])
     for (sent, kept), (sent2, kept2) in zip(*ends):
         assert torch.equal(sent, sent2) and torch.equal(kept, kept2)
 
@@ -1739,9 +1946,10 @@ def test_baselines_clients_read_only_what_came_through_the_wire(algo, bundled):
 def test_baselines_padded_steps_change_neither_message_nor_memory(algo, bundled):
     fed = vision(algo, bundled, begin=3, weight_decay=0.1, **UNEVEN)
     fed.method.receive(fed.w, fed.method.broadcast(fed.w)[1:])
-    for i, plan in zip(fed.clients(3), fed.plans(fed.clients(3), 3)):
+    said = asked(fed, fed.clients(3))[0] if algo in ALIGNED else [None] * 3
+    for i, plan, s in zip(fed.clients(3), fed.plans(fed.clients(3), 3), said):
         own = fed.memory.read([i], fed.method.first_memory(fed.w))[0]
-        ends = [loop.local_training(fed.method, fed.w, own, p, 0.05) for p in (plan, F.pad(plan, (0, 0, 0, 0, 0, 5), value=-1))]
+        ends = [loop.local_training(fed.method, fed.w, own, p, 0.05, s) for p in (plan, F.pad(plan, (0, 0, 0, 0, 0, 5), value=-1))]
         assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
 
 
@@ -1757,27 +1965,30 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     m, d, K, kind = 4, len(fed.w), 3, type(fed.method)
     line = next(row for row in run.listing(cfg).splitlines() if row.startswith(f"| {algo} "))
     name, parent, gradients, ups, bytes_up, downs, bytes_down, client, server, source = [cell.strip() for cell in line.strip("|").split("|")]
-    assert len(calls) == m * K * int(gradients)
+    whole = sum(len(fed.task.everything(i)) for i in fed.clients(3)) * gradients.endswith(" + all")
+    assert len(calls) == m * K * int(gradients.split()[0]) + whole and (whole > 0) == ("one over all images a round" in kind.__doc__)
     assert (fed.up - up, fed.down - down) == tuple(m * int(b.replace(",", "")) for b in (bytes_up, bytes_down))
     vectors_down = (fed.down - down) // m // (4 * d)
     count = lambda text: int((re.match(r"(\d+)?", text).group() or (0 if text == "-" else 1)))                   # noqa: E731
-    assert count(ups) == kind.uplinks and count(downs) == vectors_down and ("parcel" in downs) == (algo == "fedsynsam")
+    assert count(ups) == kind.uplinks + kind.surveys and count(downs) == vectors_down and ("parcel" in downs) == (algo == "fedsynsam")
     rows = fed.memory.table.shape[1]
     assert count(client) == rows and (rows == 0 or len(fed.memory.slot) >= m)
     fresh = kind(fed.task, fed.cfg)
     assert [s.removesuffix(" [d]") for s in server.split(", ")] == ([k for k in vars(fresh) if k not in ("task", "cfg")] or ["-"])
     assert all(re.search(rf"\b{k}\b", kind.__doc__) for k, v in vars(fresh).items() if torch.is_tensor(v))
     fresh.receive(fed.w, fed.method.broadcast(fed.w)[1:])
-    assert set(vars(fed.method)) - {"grad_of"} == set(vars(fresh))                   # no state that the list does not know
+    if kind.surveys:
+        fresh.hear(fed.w[None])
+    assert set(vars(fed.method)) - {"grad_of", "functional"} == set(vars(fresh))                   # no state that the list does not know
     assert all(p in parent for p in (c.__name__ for c in kind.__bases__ if c is not object)) and len(source) > 8
     said = re.search(r"(\d )?d floats up(?: and down|[^;]*?, (\d )?d down)", kind.__doc__.replace("\n", " "))
     if not issubclass(kind, fl.Distilling) or said:
         both = "and down" in said.group()
-        assert int(said.group(1) or 1) == kind.uplinks and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
-        assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients)
+        assert int(said.group(1) or 1) == kind.uplinks + kind.surveys and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
+        assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients.split()[0])
 
 
-@pytest.mark.parametrize("algo", [*WITH_ORACLE, "fedavg-adam"])
+@pytest.mark.parametrize("algo", [*WITH_ORACLE, *ALIGNED, "fedavg-adam"])
 def test_baselines_continue_from_a_checkpoint_bit_for_bit(algo, tmp_path):
     kw = {"participation": 3, "error_feedback": True, "lr": 0.05, "server_lr": 0.5, "rho": 0.05, "prox": 0.5, "lr_decay": 0.9}
     whole, first, second = (quad(Quadratics(), algo, TopK(3, f64), rounds=r, **kw) for r in (8, 4, 0))
@@ -1814,11 +2025,11 @@ def three_rounds_of_every_method(path, **kw):
     for algo in baselines.METHODS:
         fed = vision(algo, bundled, compressor=QSGD(7, "max", 64, f64), begin=3, **kw)         # top-k would be torn by ties: pixels repeat
         table = fed.memory.table[[fed.memory.slot[i] for i in sorted(fed.memory.slot)]]
-        loss = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
+        loss = tasks.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
         own = (fed.w, fed.up, fed.down, fed.move)
         for theirs in ranks.gathered(lambda: own):
             assert torch.equal(theirs[0], own[0]) and theirs[1:3] == own[1:3] and torch.equal(theirs[3], own[3])           # all ranks agree
-        out[algo] = [fed.w, table, torch.tensor([*loss, fed.up, fed.down], dtype=f64)]
+        out[algo] = [fed.w, table, torch.tensor([*loss, fed.up, fed.down, *fed.report.values()], dtype=f64)]
     if ranks.rank() == 0:
         torch.save(out, path)
 
@@ -2115,7 +2326,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "baselines.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -2303,7 +2514,7 @@ def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
 
 
 def test_a_method_is_at_most_about_ten_lines_of_difference():
-    for method in {*baselines.METHODS.values(), fl.Distilling}:
+    for method in {*baselines.METHODS.values(), fl.Distilling, align.Displaced}:
         if method is not fl.FedAvg:
             lines = [line.strip() for line in inspect.getsource(method).replace(method.__doc__, "").splitlines()]
             assert sum(1 for line in lines if line and not line.startswith(("class ", "def ", '"""'))) <= 12, method
@@ -2314,7 +2525,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "baselines", "tasks", "memory", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -2338,7 +2549,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "baselines", "ranks", "loop", "config", "presets", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "baselines", "ranks", "tasks", "memory", "loop", "config", "presets", "experiment", "study", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
@@ -2411,6 +2622,6 @@ def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):
                         torch.tensor([255.0]), list(range(10)))
     cfg = config.Config(algo="fedsam", model="mlp", clients=4, participation=4, local_epochs=space["K"], batch=30, lr=space["eta"], rho=space["rho"])
     net = models.build("mlp", (1, 28, 28), 10, hidden=16, seed=0)
-    fed = loop.Federation(fl.FedSAM(loop.Task(net, train, list(torch.arange(120).split(30)), cfg), cfg), TopK(space["k"]))
+    fed = loop.Federation(fl.FedSAM(tasks.Task(net, train, list(torch.arange(120).split(30)), cfg), cfg), TopK(space["k"]))
     fed.round()
     assert torch.allclose(fed.w, space["w"], rtol=1e-4, atol=1e-6) and (fed.w - net.w0).abs().max() > 1e-3
