@@ -65,7 +65,8 @@ class Federation:
         self.holders, self.parcel = set(), 0                         # clients that have the method's parcel; its bytes
         self.report = {}                                             # what the method says of the last round, for the log
         self.step = torch.compile(local_step, dynamic=False) if cfg.compile else local_step
-        self.method.functional = cfg.compile
+        if cfg.compile:                                              # else it stays the class's: no state of the method
+            self.method.functional = True
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def clients(self, t):
