@@ -180,7 +180,7 @@ class LocalAdam(fl.FedAvg):
 
     w [d]; 1 gradient a step; d floats up and down; client m, v, k [3, d], 0 at first; b1 = 0.9, b2 = 0.999. k counts this client's
     steps in all rounds, a number that takes a row because memory is rows. The model jumps at every round, the moments do not. A
-    coordinate moves by up to about eta a step: lr 1e-3 in DynaFed's code. g is clipped, then decayed, as FedAvg's (ours).
+    coordinate moves by up to about eta a step, so eta is a setting of its own, local_adam_lr, which decays as lr does. g is clipped, then decayed, as FedAvg's (ours).
     Source: DynaFed's code (Pi et al. 2023), where every client keeps its own torch.optim.Adam; Kingma and Ba 2015.
     """
     memory = 3
@@ -189,7 +189,8 @@ class LocalAdam(fl.FedAvg):
         (m, v, k), b1, b2, g = me.memory, 0.9, 0.999, self.slope(w, rows, me, uphill)
         new = torch.stack([b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g.square(), k + 1])
         short = lambda b: -torch.expm1(new[2, 0] * math.log(b))                 # noqa: E731, 1 - b^k without cancellation in float32
-        w = w - lr * (new[0] / short(b1)) / ((new[1] / short(b2)).sqrt() + 1e-8)
+        eta = lr * (self.cfg.local_adam_lr / self.cfg.lr)
+        w = w - eta * (new[0] / short(b1)) / ((new[1] / short(b2)).sqrt() + 1e-8)
         return w, me._replace(memory=me.memory + (lr > 0) * (new - me.memory))                # a padded step has lr = 0
 
 

@@ -82,6 +82,7 @@ class Config:
     prox_clip: bool = option(True, "clip the spring too [ours]; --no-prox-clip lets lambda * w pass unclipped, like weight decay [FL-Simulator]")
     variate: float = option(1.0, "SCAFFOLD, FedGAMMA, FedLESAM-S: factor of c - c_i [paper; FedLESAM-S's code 0.1]; 0 is without")
     momentum_alpha: float = option(0.1, "FedCM, MoFedSAM: weight of a client's own gradient, above 0; 1 is without momentum [FL-Simulator]")
+    local_adam_lr: float = option(1e-3, "fedavg-adam, dynafed-adam: learning rate of the clients instead of lr; decays with it [DynaFed]")
     adam_lr: float = option(0.1, "FedAdam: eta_g, its learning rate at the server; a coordinate moves by up to about this in a round [FL-Simulator]")
     adam_b1: float = option(0.9, "FedAdam: decay of the first moment a round, below 1 [FL-Simulator]")
     adam_b2: float = option(0.99, "FedAdam: decay of the second moment a round, below 1 [FL-Simulator]")
@@ -155,7 +156,7 @@ class Config:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
         if self.compress == "dithering" and self.nu >= 1 and (self.error_feedback or not self.randomized):
             raise ValueError(f"nu = {self.nu:g} promises nothing to error_feedback or without randomized; it must be below 1")
-        for name in ("alpha", "lr", "lr_decay", "server_lr", "adam_lr", "k", "syn_step", "momentum_alpha", "adam_eps"):
+        for name in ("alpha", "lr", "lr_decay", "server_lr", "adam_lr", "local_adam_lr", "k", "syn_step", "momentum_alpha", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
         return self

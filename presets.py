@@ -36,7 +36,7 @@ FRAME = {"clients": 100, "participation": 10, "local_epochs": 5, "batch": 50, "l
          "rho": 0.1, "eval_every": 10, "last": 5}
 FEDWMSAM_RHO = {name: {"rho": 0.01} for name in ("fedsam", "fedgamma", "fedlesam", "fedlesam-s", "fedlesam-d", "fedlesam-server")}
 RESNET = {"model": "resnet18", "stem": "imagenet", "augment": True}
-DYNAFED = {"clients": 80, "participation": 32, "rounds": 200, "local_epochs": 1, "batch": 32, "lr": 1e-3, "clip": 0.0, "partition": "dirichlet-balanced",
+DYNAFED = {"clients": 80, "participation": 32, "rounds": 200, "local_epochs": 1, "batch": 32, "local_adam_lr": 1e-3, "clip": 0.0, "partition": "dirichlet-balanced",
            "alpha": 0.04, "model": "convnet", "compress": "identity", "warmup": 24, "ipc": 15, "outer_steps": 3000, "inner_steps": 20, "window": 3,
            "syn_step": 0.004, "syn_labels": 0.0, "rate_images": 0.05, "rate_labels": 0.01, "rate_step": 1e-5, "syn_augment": True,
            "finetune_epochs": 20, "finetune_lr": 1e-4, "finetune_batch": 256, "eval_every": 5, "last": 5}

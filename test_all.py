@@ -1883,7 +1883,7 @@ def test_baselines_gcsam_never_moves_the_mean_weight_into_a_unit(bundled):
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_baselines_local_adam_is_torchs_adam_kept_by_every_client(chunk, bundled):
     """A module and an optimizer of its own for every client, over rounds; clients of unequal length."""
-    fed = vision("fedavg-adam", bundled, chunk=chunk, clip=0.5, weight_decay=0.01, lr=0.01, lr_decay=0.8, server_lr=0.7, **UNEVEN)
+    fed = vision("fedavg-adam", bundled, chunk=chunk, clip=0.5, weight_decay=0.01, lr=0.3, local_adam_lr=0.01, lr_decay=0.8, server_lr=0.7, **UNEVEN)
     nets = [models.mlp_module(1, 28, 28, 10, 8).double() for _ in range(6)]
     adams, train, w, steps = [torch.optim.Adam(net.parameters(), weight_decay=0.01) for net in nets], fed.task.train, fed.w, [0] * 6
     for t in range(5):
@@ -1916,7 +1916,7 @@ def test_baselines_local_adam_is_torchs_adam_kept_by_every_client(chunk, bundled
 
 def test_baselines_local_adam_corrects_its_bias_in_float32_too():
     """The first step is eta long in every coordinate, and 1 - 0.999 in float32 would be wrong by 1e-5."""
-    method = baselines.LocalAdam(Quadratics(), config.Config(algo="fedavg-adam", clip=0.0))
+    method = baselines.LocalAdam(Quadratics(), config.Config(algo="fedavg-adam", clip=0.0, lr=0.5, local_adam_lr=0.5))
     g = torch.linspace(-1, 1, 6)
     method.gradient = lambda w, rows, me, uphill: g
     w, me = method.step(torch.zeros(6), None, fl.Client(None, torch.zeros(3, 6)), torch.tensor(1.0), None)
