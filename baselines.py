@@ -36,6 +36,7 @@ import math
 import torch
 
 import align
+import ceiling
 import fl
 import sam
 
@@ -310,6 +311,6 @@ class GCSAM(fl.FedSAM):
         return g if code else sam.centralise(g, shapes)
 
 
-METHODS = {**fl.METHODS, **align.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
+METHODS = {**fl.METHODS, **align.METHODS, **ceiling.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
            "mofedsam": MoFedSAM, "fedgamma": FedGAMMA, "fedspeed": FedSpeed, "fedsmoo": FedSMOO, "fedlesam-s": FedLESAMS,
            "fedlesam-d": FedLESAMD, "fedasam": FedASAM, "gcsam": GCSAM, "fedavg-adam": LocalAdam, "dynafed-adam": DynaFedAdam}

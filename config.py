@@ -114,6 +114,8 @@ class Config:
     eval_every: int = option(2, "rounds between evaluations (the last round is always evaluated)")
     last: int = option(5, "the reported accuracy is the mean over this many last evaluations")
     measure_images: int = option(2000, "training images for eigenvalue and alignment")
+    measure_every: int = option(0, "rounds between measurements of eigenvalue and alignment in the log; 0 is only at the end [ours]")
+    oracle_images: int = option(500, "oracle: training images of all clients, class-balanced, that its direction is read from [ours]")
     preset: str = option("", "published table whose settings the others started from (presets.py); says which number to print beside ours")
     # machine: these change seconds, not the experiment, and are left out of the settings hash
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
@@ -142,7 +144,7 @@ class Config:
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("man", 0, None), ("prox", 0, None),
                 ("variate", 0, None), ("beta", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
-                ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
+                ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None), ("measure_every", 0, None), ("oracle_images", 1, None),
                 ("procs", 0, 1024), ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
             value = getattr(self, name)
             if value < low or high is not None and value > high:

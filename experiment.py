@@ -51,6 +51,10 @@ class UserError(ValueError):
     """Wrong input: one helpful line, exit code 2."""
 
 
+class Busy(UserError):
+    """Another process is at work in the folder."""
+
+
 # ----------------------------------------------------------------------------------------------------- composition
 def device_of(cfg):
     """The torch device that the settings name, a GPU of its own for each process; ValueError for cuda without a GPU."""
@@ -193,8 +197,10 @@ def restore(folder, fed):
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
-def execute(folder, cfg, label="", made=None):
+def execute(folder, cfg, label="", made=None, figures=True):
     """Do the run of `folder`, from its checkpoint if it has one -> the dict of result.json; made: compose(cfg), if done already.
+
+    figures: draw curve.png and synthetic.png at the end, too.
 
     Among several ranks all do the rounds, rank 0 alone touches the folder. Raises loop.Diverged or FloatingPointError if
     numbers stop being finite; the log is kept.
@@ -211,17 +217,20 @@ def execute(folder, cfg, label="", made=None):
         while fed.t < cfg.rounds:
             synthesised = fed.round(progress=first)
             line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down, **fed.report}
-            if fed.t % cfg.eval_every == 0 or fed.t == cfg.rounds:
+            measure = cfg.measure_every and fed.t % cfg.measure_every == 0
+            if measure or to_report(cfg, fed.t):
                 line |= evaluated(fed, images, rows)
                 bar.set_postfix(loss=f"{line['train_loss']:.3f}", acc=f"{line['test_acc']:.3f}", MB=f"{(fed.up + fed.down) / 1e6:.1f}")
             bar.update()
+            if measure:
+                line |= ranks.served(lambda: sharpness_of(fed, rows)) or {}
             if first:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 if fed.t % cfg.checkpoint_every == 0 or fed.t == cfg.rounds or synthesised:
                     os.fsync(log.fileno())              # the log reaches the disk before the checkpoint that counts on it
                     save(folder, fed, time.perf_counter() - started, log.tell())
-    return ranks.tell(ranks.served(lambda: conclude(folder, images, fed, rows, time.perf_counter() - started)))
+    return ranks.tell(ranks.served(lambda: conclude(folder, images, fed, rows, time.perf_counter() - started, figures)))
 
 
 def finished(folder):
@@ -246,11 +255,12 @@ def reopen(folder, fed):
     return log, seconds
 
 
-def conclude(folder, images, fed, rows, seconds):
+def conclude(folder, images, fed, rows, seconds, figures=True):
     """The result and the figures of a run that is done -> the dict of result.json."""
     result = measured(folder, fed, rows, seconds)
-    plot.curve(folder / "curve.png", {fed.cfg.algo: [read_log(folder)]}, fed.cfg.algo)
-    if getattr(fed.method, "synthetic", None) is not None:
+    if figures:
+        plot.curve(folder / "curve.png", {fed.cfg.algo: [read_log(folder)]}, fed.cfg.algo)
+    if figures and getattr(fed.method, "synthetic", None) is not None:
         plot.synthetic(folder / "synthetic.png", fed.method.synthetic, images.train)
     if fed.memory.file is not None:
         fed.memory.file.unlink(missing_ok=True)         # the checkpoint holds what was in it
@@ -259,12 +269,12 @@ def conclude(folder, images, fed, rows, seconds):
 
 
 def alone(log, folder):
-    """Lock the open log for this process; UserError if another one is working in the folder."""
+    """Lock the open log (or any open file) for this process; Busy if another one is working in the folder."""
     if fcntl:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder} is being worked on by another process") from None
+            raise Busy(f"{folder} is being worked on by another process") from None
 
 
 def measured_rows(fed):
@@ -284,6 +294,20 @@ def evaluated(fed, images, rows):
     return out
 
 
+def to_report(cfg, t):
+    """Is round t one of those whose evaluations count for the reported accuracy? measure_every adds evaluations that do not."""
+    return t % cfg.eval_every == 0 or t == cfg.rounds
+
+
+def sharpness_of(fed, rows):
+    """Top eigenvalue and alignment at w [d] over the training images `rows` [n] -> dict, for a line of the log and for the result."""
+    cfg = fed.cfg
+    mix = cfg.mix if 0 < cfg.mix < 1 else 0.5             # at 0 and 1 the mixture is one of its ingredients: show the middle
+    align = sharpness.alignment(fed, rows, mix)
+    return {"eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows, each=fed.pool.map),
+            "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()}, "mixed_at": mix}
+
+
 def read_log(folder):
     """The lines of log.jsonl as dicts."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -291,17 +315,13 @@ def read_log(folder):
 
 def measured(folder, fed, rows, seconds):
     """What the result card says about a finished run -> dict.  Source: this file's card."""
-    cfg, lines = fed.cfg, [x for x in read_log(folder) if "test_acc" in x][-fed.cfg.last:]
+    cfg, lines = fed.cfg, [x for x in read_log(folder) if to_report(fed.cfg, x["round"])][-fed.cfg.last:]
     mean = lambda key: statistics.fmean(x[key] for x in lines)                                          # noqa: E731
-    mix = cfg.mix if 0 < cfg.mix < 1 else 0.5             # at 0 and 1 the mixture is one of its ingredients: show the middle
-    align = sharpness.alignment(fed, rows, mix)
     matching = getattr(fed.method, "matching", [])[-20:]
     return {"algo": cfg.algo, "seed": cfg.seed, "preset": cfg.preset, "published": presets.published(cfg), "settings": cfg.hash(), "d": len(fed.w),
             "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
             "averaged": [x["round"] for x in lines],
-            "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows, each=fed.pool.map),
-            "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()},
-            "mixed_at": mix, "measured_on": len(rows), "matching_loss": statistics.fmean(matching) if matching else None,
+            **sharpness_of(fed, rows), "measured_on": len(rows), "matching_loss": statistics.fmean(matching) if matching else None,
             **{name: mean(name) for name in fed.method.reports}, "up": fed.up, "down": fed.down, "seconds": seconds,
             "ratio": 4 * len(fed.w) * (fed.method.uplinks + fed.method.surveys) * cfg.participation * cfg.rounds / fed.up}
 

@@ -9,6 +9,9 @@
     python run.py --list                                every method: parent, gradients, bytes both ways, state, source
     python run.py --explain fedsynsam                   what a method changes against its parent, from the source itself
     python run.py --quick ...                           the same job at a tenth of the size
+    python run.py --experiment NAME --size cpu          a claim of a paper, measured: table, figure, verdict (claims.py)
+    python run.py --tune METHOD --size cpu              search settings on validation images, for `accuracy` (tune.py)
+    python run.py --report                              rewrite the README's tables from results/
 
 Every run has a folder: config.json (all settings, versions, hardware), log.jsonl (a line a round, written as it happens),
 checkpoint.pt, result.json, curve.png and synthetic.png (the distilled images). A folder is never overwritten. A comparison
@@ -34,6 +37,7 @@ import types
 import torch
 
 import baselines
+import claims
 import compress
 import config
 import experiment
@@ -42,6 +46,8 @@ import loop
 import models
 import presets
 import ranks
+import study
+import tune
 from config import Config
 from tools import plot
 
@@ -209,6 +215,11 @@ def parser():
     p.add_argument("--list", action="store_true", help="print every method with its parent, gradients, bytes, state and source, and stop")
     p.add_argument("--explain", metavar="METHOD", help="print what a method changes against its parent, and stop")
     p.add_argument("--quick", action="store_true", help="the same job at a tenth of the size")
+    p.add_argument("--experiment", metavar="NAME", help=f"run one of {', '.join(claims.CLAIMS)} (claims.py), or what is left of it, in DIR/experiments")
+    p.add_argument("--tune", metavar="METHOD", help="choose a method's settings on validation images (tune.py), or continue to")
+    p.add_argument("--size", metavar="SIZE", help=f"of --experiment and --tune: {', '.join(study.SIZES)} (default cpu)")
+    p.add_argument("--report", action="store_true", help="rewrite the README's tables from the files of --experiment, and stop")
+    p.add_argument("--results", type=pathlib.Path, default=experiment.HERE / "results", metavar="DIR", help="where experiments keep their results (default results)")
     for f in dataclasses.fields(Config):
         if f.name in ("algo", "preset"):
             continue
@@ -250,7 +261,7 @@ def prepare(args):
     Raises ValueError; for a new run it makes the folder, as the last thing.
     """
     if args.resume is not None:
-        extra = sorted(set(vars(args)) - {"resume", "explain", "list", "out", "name", "quick"}) + ["name"] * bool(args.name) + ["quick"] * args.quick
+        extra = sorted(set(vars(args)) - {"resume", "explain", "list", "out", "name", "quick", "experiment", "tune", "size", "report", "results"}) + ["name"] * bool(args.name) + ["quick"] * args.quick
         if extra:
             raise experiment.UserError(f"--resume takes all settings from the folder; leave out --{extra[0].replace('_', '-')}")
         single, configs = experiment.read_settings(args.resume)
@@ -265,6 +276,35 @@ def prepare(args):
             wanted = "comparison", "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n"
         return experiment.new_folder(args.out, args.name, *wanted)
     return ranks.tell(ranks.served(new_folder)), configs, len(configs) == 1, made
+
+
+def investigate(args):
+    """--experiment, --tune or --report: -> what to print. Raises UserError for anything wrong with the command, before any work."""
+    machine = {k: v for k, v in vars(args).items() if k in ("device", "threads", "chunk", "compile", "deterministic", "memory_file", "checkpoint_every")}
+    asked = {"experiment": args.experiment is not None, "tune": args.tune is not None, "report": args.report}
+    extra = [k for k in vars(args) if k not in {"out", "results", "size", *asked, *machine, "explain", "list", "name", "quick", "resume"}]
+    extra += [k for k in ("name", "quick", "resume") if getattr(args, k)] + (["size"] if args.report and args.size else [])
+    if sum(asked.values()) > 1:
+        raise experiment.UserError("--experiment, --tune and --report are three commands; give one of them")
+    if not any(asked.values()):
+        raise experiment.UserError("--size belongs to --experiment or --tune")
+    if ranks.size() > 1 or "procs" in extra:
+        raise experiment.UserError("an experiment works in one process; leave out --procs, and start the same command twice to share its runs")
+    if extra:
+        raise experiment.UserError(f"an experiment sets all settings itself; leave out --{extra[0].replace('_', '-')}")
+    size, root = args.size or "cpu", args.out / "experiments"
+    if size not in study.SIZES:
+        raise experiment.UserError(f"unknown size {size!r}; {config.closest(size, study.SIZES)}")
+    if args.report:
+        names = study.report(experiment.HERE / "README.md", args.results)
+        return f"README.md: {', '.join(names) or 'no marks <!-- NAME -->'}, from {args.results}"
+    if args.tune is not None:
+        known(args.tune)
+        return tune.tune(args.tune, size, root, args.results, tune.command_of("--tune", args.tune, "--size", size), **machine)
+    if args.experiment not in claims.CLAIMS:
+        raise experiment.UserError(f"unknown experiment {args.experiment!r}; {config.closest(args.experiment, list(claims.CLAIMS))}")
+    claim = claims.CLAIMS[args.experiment](size, args.results)
+    return study.keep(claim, study.conduct(claim, root, **machine), tune.command_of("--experiment", claim.name, "--size", size))
 
 
 def complain(text):
@@ -291,12 +331,18 @@ def obey(argv):
             if ranks.rank() == 0:
                 print(text)
             return 0
+        if args.experiment is not None or args.tune is not None or args.report or args.size is not None:
+            print(investigate(args))
+            return 0
         folder, configs, single, made = prepare(args)
     except ValueError as error:
         complain(error)
         return 2
     except SystemExit as stop:                                    # argparse, after --help
         return stop.code or 0
+    except KeyboardInterrupt:
+        complain("interrupted; the same command continues")
+        return 130
     try:
         if not single:
             return compare(folder, configs, made)

@@ -248,36 +248,55 @@ def full_gradient(apply, w, images, rows, chunk=500):
 
 
 class Alignment(NamedTuple):
-    """Cosines in -1..1 to the true global gradient (means over clients; nan: not available), numbers [].  Source: ours."""
+    """Cosines in -1..1 to the true global gradient (means over clients; nan: not available), numbers [].
+
+    last_uncompressed: as last_move, of the mean of the updates as the clients meant them.  Source: ours.
+    """
     own: float
     last_move: float
     synthetic: float
     mixed: float
+    last_uncompressed: float = math.nan
 
 
-def alignment(fed, rows, mix=0.5):
-    """How well does each estimate of "uphill" agree with the true global gradient, at the clients' own last points?
+def last_update(fed):
+    """The mean of the last round's updates before compression, walked again from w^{t-1} -> [d].
 
-    The clients of the coming round walk K - 1 steps from w^t; at the point [d] each of them reaches, the cosine of its own
-    mini-batch gradient, of minus the last global move, and (if there is one) of the synthetic gradient and the mixture,
-    to the gradient over the training images `rows` [n].  -> one NamedTuple of means over the clients.
-    Source: the claim of FedSynSAM's abstract; the measure is ours.
+    None in round 0, and for methods with a survey, or whose clients or server remember: they cannot go back.  Source: ours.
     """
-    task, method, clients = fed.task, fed.method, fed.clients(fed.t)
+    method = fed.method
+    if fed.t == 0 or method.memory or method.surveys or len(method.broadcast(fed.w)) > 1:
+        return None
+    t, w = fed.t - 1, fed.w - fed.move
+    clients = fed.clients(t)
+    method.receive(w, [])
+    sent = fed.each_client(w, w.new_zeros(len(clients), 0, len(w)), fed.plans(clients, t), t, lambda c, sent, _: sent[0])
+    return sum(p * x for p, x in zip(fed.weights(clients).tolist(), sent))
+
+
+def alignment(fed, rows, mix=0.5, steps=None):
+    """How well does each estimate of "uphill" agree with the true global gradient, at the clients' own points?
+
+    The clients of the coming round walk `steps` steps from w^t (None: all but the last; never more than that); at the point [d] that
+    each of them reaches, the cosine of the gradient of its next mini-batch, of minus the last global move (as it was, and as it would
+    have been without compression), and (if there is one) of the synthetic gradient and the mixture, to the gradient over the training
+    images `rows` [n].  -> one NamedTuple of means over the clients.  Source: the claim of FedSynSAM's abstract; the measure is ours.
+    """
+    task, method, clients, meant = fed.task, fed.method, fed.clients(fed.t), last_update(fed)
     synthetic = getattr(method, "synthetic", None)
     method.receive(fed.w, method.broadcast(fed.w)[1:])
     plans = fed.plans(clients, fed.t)
+    taken = [len(p) - 1 if steps is None else min(steps, len(p) - 1) for p in plans]
     said = torch.stack([x_hat for x_hat, _ in fed.answers(fed.w, clients, fed.t)]) if method.surveys else None
     if method.surveys:
         fed.announce(said, clients)
 
     def measure(c, sent, _):
         w = fed.w + sent[0]
-        true, own = full_gradient(task.apply, w, task.train, rows), method.grad(w, plans[c][-1])
-        cos = [sam.cosine(u, true) for u in (own, -fed.move)]
-        if synthetic is None:
-            return cos + [math.nan] * 2
-        g = method.grad_of(lambda v: synth.synthetic_loss(task.apply, v, synthetic), w)
-        return cos + [sam.cosine(u, true) for u in (g, sam.mix_directions(own, g, mix, fed.cfg.mix_units))]
-    cos = fed.each_client(fed.w, fed.recall(clients, fed.w), [p[:-1] for p in plans], fed.t, measure, said)
+        true, own = full_gradient(task.apply, w, task.train, rows), method.grad(w, plans[c][taken[c]])
+        cosine = lambda u: math.nan if u is None else sam.cosine(u, true)                            # noqa: E731
+        g = None if synthetic is None else method.grad_of(lambda v: synth.synthetic_loss(task.apply, v, synthetic), w)
+        mixed = None if g is None else sam.mix_directions(own, g, mix, fed.cfg.mix_units)
+        return [cosine(u) for u in (own, -fed.move, g, mixed, None if meant is None else -meant)]
+    cos = fed.each_client(fed.w, fed.recall(clients, fed.w), [p[:n] for p, n in zip(plans, taken)], fed.t, measure, said)
     return Alignment(*torch.tensor(list(cos)).mean(0).tolist())

@@ -6,6 +6,7 @@ test_all.py, whose every quantity is known in closed form.
 
     plan         the batches of one client's round, drawn at random
     everything   all images of a client once, in batches: what a full local gradient is read from
+    balanced     images of all clients, as many of each class: what no client can see (ceiling.py)
     evaluate     mean loss and accuracy over a whole set of images
 
 Source: McMahan et al. 2017, equation (1). Read next: memory.py.
@@ -22,7 +23,7 @@ class Task:
 
     w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), shapes of the parameters, apply(w [d], x)
     scores, watched(w, x) scores and activity, train: Images, parts: N tensors of image numbers.  A task of another kind (the
-    quadratics of test_all.py) needs w0, weights, shapes, sizes, loss, plan, everything and steps_of.  Source: ours.
+    quadratics of test_all.py) needs w0, weights, shapes, sizes, loss, plan, everything, balanced and steps_of.  Source: ours.
     """
 
     def __init__(self, model, train, parts, cfg):
@@ -54,6 +55,17 @@ class Task:
         mine, B = self.parts[client], self.cfg.batch
         number = F.pad(mine, (0, -len(mine) % B), value=-1)
         return F.pad(number[:, None], (0, 3)).view(-1, B, 4).to(self.train.y.device)
+
+    def balanced(self, n, g):
+        """About n images of ALL clients, as many of each class as there are, as they are: -> rows [n, 4]; only `ceiling.Oracle` and measures may ask.
+
+        Source: ours.
+        """
+        y = self.train.y
+        of_class = [(y == c).nonzero().view(-1) for c in range(len(self.train.classes))]
+        each = max(1, n // len(of_class))
+        number = torch.cat([mine[torch.randperm(len(mine), generator=g)[:each].to(y.device)] for mine in of_class])
+        return F.pad(number[:, None], (0, 3))
 
     def steps_of(self, client):
         """K_i, the length of a client's plan, known without drawing it -> number [].  Source: data.draw_batches."""

@@ -1,4 +1,6 @@
-"""The figures: curves over rounds and over bytes, and the distilled images. matplotlib is imported only when drawing."""
+"""The figures: curves over rounds and over bytes, the distilled images, and what experiments draw (claims.py). matplotlib is imported only when drawing."""
+import contextlib
+
 import numpy as np
 
 # Okabe-Ito colours, told apart by colour-blind readers, then some of Tol's "muted" set; a method looks the same in every
@@ -8,9 +10,9 @@ COLOURS = {"fedavg": "#000000", "fedsam": "#E69F00", "fedlesam": "#56B4E9", "fed
            "fedsynsam": "#D55E00", "fedprox": "#555555", "scaffold": "#009E73", "feddyn": "#661100", "fedcm": "#DDCC77", "fedadam": "#332288",
            "mofedsam": "#DDCC77", "fedgamma": "#009E73", "fedspeed": "#661100", "fedsmoo": "#661100", "fedlesam-s": "#009E73",
            "fedlesam-d": "#661100", "fedasam": "#E69F00", "gcsam": "#E69F00", "fedavg-adam": "#000000", "dynafed-adam": "#CC79A7",
-           "gradalign": "#999933", "fedga": "#882255", "fedga-previous": "#882255"}
+           "gradalign": "#999933", "fedga": "#882255", "fedga-previous": "#882255", "oracle": "#44AA99"}
 STROKES = {"mofedsam": "--", "fedgamma": "--", "fedspeed": "--", "fedsmoo": "-.", "fedlesam-s": ":", "fedlesam-d": ":", "fedasam": "-.",
-           "gcsam": "--", "fedavg-adam": (0, (6, 2, 1, 2, 1, 2)), "dynafed-adam": (0, (6, 2, 1, 2, 1, 2)), "fedga-previous": ":"}
+           "gcsam": "--", "fedavg-adam": (0, (6, 2, 1, 2, 1, 2)), "dynafed-adam": (0, (6, 2, 1, 2, 1, 2)), "fedga-previous": ":", "oracle": (0, (1, 1))}
 
 
 def pyplot():
@@ -83,3 +85,102 @@ def synthetic(path, learnt, images):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------- experiments
+# what is compared in an experiment and is no method: compressors from none (black) to strong (red), splits, estimates of uphill
+SERIES = {"none": "#000000", "4 bits": "#0072B2", "2 bits": "#56B4E9", "top 10 %": "#E69F00", "top 5 %": "#E69F00", "top 1 %": "#D55E00",
+          "IID": "#000000", "Dir 0.6": "#0072B2", "Dir 0.1": "#D55E00", "without": "#999999", "with": "#D55E00",
+          "own gradient": COLOURS["fedsam"], "last move": COLOURS["fedlesam-server"], "last move, uncompressed": COLOURS["fedlesam"],
+          "synthetic": COLOURS["dynafed"], "mixed": COLOURS["fedsynsam"], "fedsynsam raw": "#994F00"}
+MARKS = "osD^vPX<>*"
+OTHERS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#999999")         # Okabe-Ito, for what has no colour of its own
+
+
+@contextlib.contextmanager
+def figure(path, columns, rows=1, width=4.0, height=3.4, foot=0.0):
+    """Axes to draw on, in order; then the file at `path` is written. foot: inches left free below, for a `legend` of all axes."""
+    plt = pyplot()
+    tall = height * rows + foot
+    page, axes = plt.subplots(rows, columns, figsize=(width * columns, tall), squeeze=False)
+    yield list(axes.flat)
+    page.tight_layout(rect=(0, foot / tall, 1, 1))
+    page.savefig(path, dpi=110)
+    plt.close(page)
+
+
+def colour(name, n=0):
+    """The colour of a method or of anything else that is compared; a label "fedsam (lr 0.1)" is fedsam's."""
+    return SERIES.get(name) or COLOURS.get(name.split(" (")[0]) or OTHERS[n % len(OTHERS)]
+
+
+def dots(axis, groups, label, title="", dodge=True):
+    """Means with standard deviations over seeds, every seed a faint dot; groups: {place on the x axis: {series: numbers}}.
+
+    dodge: series stand side by side at each place; else above one another, for places of one series.
+    """
+    names = list(dict.fromkeys(name for g in groups.values() for name in g))
+    for n, name in enumerate(names):
+        places = [(x + dodge * 0.7 * ((n + 0.5) / len(names) - 0.5), g[name]) for x, g in enumerate(groups.values()) if g.get(name)]
+        c = colour(name, n)
+        for at, numbers in places:
+            axis.plot([at] * len(numbers), numbers, MARKS[n % len(MARKS)], color=c, alpha=0.5, ms=3.5, mew=0)
+        axis.errorbar([at for at, _ in places], [np.mean(v) for _, v in places], [np.std(v, ddof=1) if len(v) > 1 else 0 for _, v in places],
+                      fmt=MARKS[n % len(MARKS)], color=c, capsize=3, ms=6, label=name)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_xlim(-0.6, len(groups) - 0.4)
+    axis.set(ylabel=label, title=title)
+    axis.grid(False, axis="x")
+
+
+def band(axis, x, runs, name, n=0, stroke=None):
+    """A line through the means over runs [seeds][points], in a band of one standard deviation; nothing if there are none."""
+    if not runs or not len(x):
+        return
+    y = np.array(runs, dtype=float)
+    stroke = STROKES.get(name.split(" (")[0], "-") if stroke is None else stroke
+    axis.plot(x, y.mean(0), color=colour(name, n), ls=stroke, marker=MARKS[n % len(MARKS)], ms=4, lw=1.6, label=name)
+    if len(y) > 1:
+        axis.fill_between(x, y.mean(0) - y.std(0, ddof=1), y.mean(0) + y.std(0, ddof=1), color=colour(name, n), alpha=0.15, lw=0)
+
+
+def contours(axis, at, losses, title, levels):
+    """The loss on a plane through a model, losses [points, points] at `at` [points] along both directions."""
+    lines = axis.contour(at, at, np.array(losses), levels=levels, cmap="viridis")
+    axis.clabel(lines, fontsize=7, fmt="%.2g")
+    axis.plot([0], [0], "+", color="black", ms=8)
+    axis.set(xlabel="along one random direction", ylabel="along another", title=title)
+
+
+def legend(axis, where="best", columns=1, below=False):
+    """The names of what was drawn, without a frame; below: under all axes, side by side. Nothing if there is one name or none."""
+    handles, names = axis.get_legend_handles_labels()
+    if len(names) > 1 and below:
+        axis.figure.legend(handles, names, frameon=False, fontsize=9, ncols=len(names), loc="lower center", handlelength=2)
+    elif len(names) > 1:
+        axis.legend(handles, names, frameon=False, fontsize=8, ncols=columns, loc=where, handlelength=2)
+
+
+def curve_of(axis, x, runs, name):
+    """A thin line of many points, as `band` draws a few: no marks."""
+    y = np.array(runs)
+    n = len(x)
+    axis.plot(x, y.mean(0)[:n], color=colour(name), ls=STROKES.get(name, "-"), label=name, lw=1.5)
+    if len(y) > 1:
+        axis.fill_between(x, y.mean(0) - y.std(0, ddof=1), y.mean(0) + y.std(0, ddof=1), color=colour(name), alpha=0.12, lw=0)
+
+
+def bars(axis, groups, label):
+    """A bar for each mean, with the standard deviation over seeds; groups: {text below: (method, numbers)}. The axis need not start at 0."""
+    for x, (name, numbers) in enumerate(groups.values()):
+        if numbers:
+            axis.bar(x, np.mean(numbers), yerr=np.std(numbers, ddof=1) if len(numbers) > 1 else None, color=colour(name), alpha=0.85, width=0.7, capsize=3,
+                     error_kw={"ecolor": "#777777"})
+            axis.plot([x] * len(numbers), numbers, "o", color="white", mec="black", ms=3, mew=0.6)
+    every = [v for _, numbers in groups.values() for v in numbers]
+    if every:
+        room = (max(every) - min(every)) or 1
+        axis.set_ylim(max(0, min(every) - 0.6 * room), max(every) + 0.3 * room)
+    axis.set_xticks(range(len(groups)), list(groups), fontsize=7)
+    axis.set(ylabel=label)
+    axis.grid(False, axis="x")
