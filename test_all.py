@@ -32,6 +32,7 @@ from torch.nn import functional as F
 import align
 import baselines
 import bits
+import claims
 import compress
 import config
 import data
@@ -47,8 +48,10 @@ import run
 import sam
 import sharpness
 import split
+import study
 import synth
 import tasks
+import tune
 from compress import QSGD, Identity, Natural, RandK, Sign, SparseDithering, TopK
 from tools import plot, tradeoff
 
@@ -1011,7 +1014,7 @@ def test_fl_clip_then_decay_then_step():
     assert torch.allclose(fed.w, w - 0.1 * (10 * g / g.norm() + 0.1 * w), rtol=1e-12)
 
 
-SAM_METHODS = ["fedsam", "fedlesam", "fedlesam-server", "fedsynsam"]
+SAM_METHODS = ["fedsam", "fedlesam", "fedlesam-server", "fedsynsam", "oracle"]
 
 
 @pytest.mark.parametrize("algo", SAM_METHODS)
@@ -2326,7 +2329,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "ceiling.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -2382,7 +2385,9 @@ def test_presets_print_the_published_number_beside_ours_and_yield_to_flags(tmp_p
     ("--momentum-alpha 0", "above 0"), ("--man -0.1", "at least 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
-    ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
+    ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--experiment sharpnes", "did you mean 'sharpness'"), ("--experiment oracle --size cp", "did you mean 'cpu'"), ("--experiment oracle --rounds 3", "leave out --rounds"),
+    ("--experiment oracle --tune fedavg", "give one of them"), ("--experiment oracle --procs 2", "share its runs"), ("--tune scafold", "did you mean 'scaffold'"), ("--size cpu", "belongs to"),
+    ("--report --seeds 2", "leave out --seeds"), ("--report --size cpu", "leave out --size"), ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
 def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, capsys):
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -2520,12 +2525,314 @@ def test_a_method_is_at_most_about_ten_lines_of_difference():
             assert sum(1 for line in lines if line and not line.startswith(("class ", "def ", '"""'))) <= 12, method
 
 
+# --------------------------------------------------------------------------------------------------- study and claims
+class Tiny(study.Claim):
+    """Two cells, in seconds."""
+    name, says, refuted, source = "tiny", "Tiny things are small", "they are large", "nobody"
+    seeds = {"quick": 2}
+    rho = 0.1
+
+    def cells(self, world):
+        return {"plain": {"algo": "fedavg", "checkpoint_every": 1}, "up hill": {"algo": "fedsam", "rho": self.rho, "checkpoint_every": 1}}
+
+    def measure(self, fed, rows):
+        return {"norm": float(fed.w.norm())}
+
+    def verdict(self, cells):
+        return study.judge([study.differs(study.paired(cells["plain"], cells["up hill"], lambda r: r["norm"]))])
+
+    def draw(self, cells, path):
+        path.write_bytes(b"a figure")
+
+
+def without_time(worlds):
+    return json.loads(json.dumps(worlds), parse_float=lambda x: float(x)) if not isinstance(worlds, dict) else {
+        w: {c: [{k: v for k, v in r.items() if k not in ("seconds", "machine")} for r in rows] for c, rows in cells.items()} for w, cells in worlds.items()}
+
+
+def row(seed, x, **more):
+    return {"seed": seed, "x": x, **more}
+
+
+def test_study_paired_differences_remove_what_seeds_share():
+    a, b = [row(0, 10.0), row(1, 20.0), row(2, 30.0)], [row(2, 29.0), row(0, 9.0), row(1, 18.0)]
+    x = lambda r: r["x"]                                                                                                         # noqa: E731
+    assert study.paired(a, b, x) == [1.0, 2.0, 1.0]                                  # in another order, by seed
+    assert study.paired(a, [row(0, 9.0), row(1, 0.0, diverged="boom"), row(5, 1.0)], x) == [1.0]
+    assert study.paired(a, [row(0, None), row(1, math.nan), row(2, 29.0)], x) == [1.0]
+    assert study.values([row(0, 1.0), row(1, None), row(2, math.nan), {"seed": 3, "diverged": "boom"}], x) == [1.0]
+    # mean 4/3, standard deviation sqrt(1/3), standard error 1/3: four of them
+    assert study.differs([1.0, 2.0, 1.0]) == 1 and study.differs([-1.0, -2.0, -1.0]) == -1
+    assert study.differs([1.0, 2.0, -0.1]) == 0                                      # a sign is missing
+    assert study.differs([0.1, 3.0, 0.1]) == 0                                       # mean 1.07, standard error 0.97: not two
+    assert study.differs([0.0, 0.0]) == 0 and study.differs([1.0, 1.0]) == 1 and study.differs([1.0]) is None and study.differs([]) is None
+    assert study.said([1.0, 2.0, 1.0]) == "+1.33 ± 0.58 (higher)" and study.said([1.0]) == "+1.00 (too few seeds)" and study.said([]) == "- (too few seeds)"
+    assert study.spread([1.0, 3.0]) == "2.00 ± 1.41"
+
+
+def test_study_a_claim_is_judged_by_all_its_comparisons():
+    for signs, word in (([1, 1], "Holds"), ([1, 0], "Holds in part"), ([1, None], "Holds in part"), ([1, -1], "Mixed"), ([-1, 0], "Refuted"), ([-1], "Refuted"),
+                        ([0, None], "Not told apart"), ([None], "Not decided"), ([], "Not decided")):
+        assert study.judge(signs) == word, signs
+    up, down = [1.0, 1.0, 1.1], [-1.0, -1.0, -1.1]
+    assert study.compared({"a": up, "b": down}, want=-1)[0] == [-1, 1]
+    many = {str(n): [n + x for x in up] for n in range(8)}
+    assert "8 of 8 higher (from +1.03 ± 0.06, 0, to +8.03 ± 0.06, 7)" in study.compared(many)[1]
+
+
+def test_study_a_killed_experiment_continues_to_the_same_rows(tmp_path, monkeypatch):
+    whole = study.conduct(Tiny("quick", tmp_path), tmp_path / "whole")
+    assert [len(rows) for rows in whole[""].values()] == [2, 2] and all(r["norm"] > 0 and r["log"] for rows in whole[""].values() for r in rows)
+    save, calls = experiment.save, []
+
+    def killed(*args):
+        save(*args)
+        calls.append(1)
+        if len(calls) in (2, 7):                                                     # in the first run, and after it
+            raise KeyboardInterrupt
+    monkeypatch.setattr(experiment, "save", killed)
+    for n in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")
+    assert len(list((tmp_path / "cut").rglob("row.json"))) == 1                       # 4 checkpoints, less the 2 that were there
+    cut = study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")
+    assert without_time(cut) == without_time(whole) and len(calls) == 16
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.json*")}
+    assert without_time(study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")) == without_time(whole)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.json*")}           # and does nothing when all is done
+    monkeypatch.setattr(Tiny, "rho", 0.3)
+    with pytest.raises(experiment.UserError, match="other settings"):
+        study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")
+
+
+def test_study_two_calls_share_the_runs(tmp_path):
+    tries = []
+
+    def busy_twice():
+        tries.append(1)
+        if len(tries) < 3:
+            raise experiment.Busy("somebody is here")
+        return "late"
+    assert study.shared([busy_twice, lambda: "early"], wait=0.01) == ["late", "early"] and len(tries) == 3
+    inside = []
+    with pytest.raises(experiment.Busy):
+        study.alone_in(tmp_path / "x", lambda: study.alone_in(tmp_path / "x", lambda: inside.append(1)))
+    assert not inside and study.alone_in(tmp_path / "x", lambda: 5) == 5              # free again
+    assert issubclass(experiment.Busy, experiment.UserError)
+
+
+def test_study_a_cell_that_diverges_is_reported_and_breaks_nothing(tmp_path, monkeypatch):
+    cells = Tiny.cells
+    monkeypatch.setattr(Tiny, "cells", lambda self, world: {**cells(self, world), "boom": {"algo": "fedavg", "lr": 1e30, "clip": 0.0}})
+    claim = Tiny("quick", tmp_path)
+    worlds = study.conduct(claim, tmp_path / "runs")
+    assert all("lr = 1e+30" in r["diverged"] for r in worlds[""]["boom"]) and "diverged" not in worlds[""]["plain"][0]
+    assert "| boom | - | - | - | 2, 2 diverged |" in study.keep(claim, worlds, "a command")
+
+
+def test_study_report_rewrites_what_lies_between_its_marks_and_nothing_else(tmp_path):
+    claim, worlds = Tiny("quick", tmp_path / "results"), {"": {"plain": [], "up hill": []}}
+    study.keep(claim, worlds, "a command")
+    readme = tmp_path / "README.md"
+    text = "above\n<!-- tiny -->\nold\n<!-- /tiny -->\nbelow \\1\n"
+    readme.write_text(text)
+    assert study.report(readme, tmp_path / "results") == ["tiny"]
+    once = readme.read_text()
+    assert once.startswith("above\n<!-- tiny -->\n") and once.endswith("<!-- /tiny -->\nbelow \\1\n") and "old" not in once
+    assert all(words in once for words in ("Tiny things are small", "nobody", "they are large", "`a command`", "| plain |", "Not decided", "(results/tiny.png)"))
+    study.report(readme, tmp_path / "results")
+    assert readme.read_text() == once
+    readme.write_text(once + "<!-- sharpness -->\n<!-- /sharpness -->\n")
+    with pytest.raises(experiment.UserError, match="--experiment sharpness"):
+        study.report(readme, tmp_path / "results")
+    readme.write_text("<!-- tiny -->\n")
+    with pytest.raises(experiment.UserError, match="no end of it"):
+        study.report(readme, tmp_path / "results")
+    assert readme.read_text() == "<!-- tiny -->\n"
+    large = Tiny("cpu", tmp_path / "results")
+    large.says = "The largest size is shown"
+    study.keep(large, worlds, "a command")
+    study.keep(claim, worlds, "a command")                                           # quick again: leaves cpu where it is
+    assert set(json.loads((tmp_path / "results" / "tiny.json").read_text())) == {"quick", "cpu"}
+    readme.write_text(text)
+    study.report(readme, tmp_path / "results")
+    assert "The largest size is shown" in readme.read_text()
+
+
+SIGNS = {"Holds": (1, 1, 1), "Refuted": (-1, -1, -1), "Not told apart": (1, -1, -0.9)}                 # of the effect, seed by seed
+
+
+def invented(claim, effect):
+    """Rows as `study.conduct` gives them: seeds share a level, and what the claim is about moves by `effect` in the claimed direction."""
+    worlds = {}
+    for world, label, cfg in claim.runs():
+        e, level, treated = effect[cfg.seed], (0.0, 1.0, -0.5)[cfg.seed], 0.0
+        if claim.name in ("accuracy", "oracle", "gradalign", "man", "fedsynth"):
+            treated = 0.05 * e * {"accuracy": cfg.algo == "fedsynsam", "oracle": cfg.algo == "oracle", "gradalign": cfg.algo == "fedga", "man": cfg.man > 0,
+                                  "fedsynth": cfg.algo == "fedsynth"}[claim.name]
+        if claim.name == "hyper" and label not in ("default", "fedavg"):
+            treated = 0.02 * (e - 1)                                                 # 0 when robust
+        cosines = {"own": 0.0, "last_move": 0.0, "synthetic": 0.3 * e, "mixed": 0.1, "last_uncompressed": 0.1 * e}
+        sharper = e * (2 + {"IID": 0, "Dir 0.6": 1, "Dir 0.1": 2}.get(label.split(", ")[0], 0)) * (cfg.compress != "identity")
+        line = lambda t: {"round": t, "train_loss": 2 - 0.03 * t + 0.01 * level, "test_acc": 0.5 + 0.001 * t, "up": 1000 * t, "alignment": cosines,         # noqa: E731
+                          "eigenvalue": 20 - 0.2 * t + level + sharper}
+        r = {"world": world, "cell": label, "seed": cfg.seed, "fields": study.differing(cfg), "test_acc": 0.8 + 0.01 * level + treated, "val_acc": 0.8, "test_loss": 0.5,
+             "train_loss": 0.4, "eigenvalue": 6 + level - 20 * treated, "trace": 70 + level, "sam": 0.1, "r": 5 + level - 20 * treated, "seconds": 9, "down": 1,
+             "up": 1000 * cfg.participation * cfg.rounds, "log": [line(t) for t in (10, 20, 30, 40)], "steps": [0, 5], "along": [cosines, cosines],
+             "slice_at": [-1, 0, 1], "slice": [2, 1, 2], "plane_at": [-1, 0, 1], "plane": [[3, 2, 3], [2, 1, 2], [3, 2, 3]]}
+        worlds.setdefault(world, {}).setdefault(label, []).append(r)
+    for cells in worlds.values():
+        claim.derive(cells)
+    return worlds
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_claims_verdicts_follow_the_rows(name, tmp_path):
+    claim = claims.CLAIMS[name]("cpu", tmp_path)
+    for word, effect in SIGNS.items():
+        cells = invented(claim, effect)[""]
+        assert claim.verdict(cells).split(":")[0] == word
+        single = {label: rows[:1] for label, rows in cells.items()}
+        assert claim.verdict(single).startswith("Not decided")                       # one seed decides nothing
+    lost = {label: [{**r, "diverged": "boom"} for r in rows] if n == len(cells) - 1 else rows for n, (label, rows) in enumerate(cells.items())}
+    assert isinstance(claim.verdict(lost), str) and ", 3 diverged" in study.table(claim, lost)
+    claim.draw(lost, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_claims_every_cell_of_every_size_is_legal(name, tmp_path):
+    for size in study.SIZES:
+        claim = claims.CLAIMS[name](size, tmp_path)
+        runs = claim.runs()                                                          # each is checked
+        places = [study.slug(f"{world} {label} s{cfg.seed}") for world, label, cfg in runs]
+        assert len(set(places)) == len(places) == len({(w, cfg.hash()) for w, _, cfg in runs}), "two cells in one folder, or twice the same"
+        assert {cfg.seed for *_, cfg in runs} == set(range(claim.seeds[size])) and claim.seeds[size] >= (1 if size == "quick" else 3)
+        for *_, cfg in runs:
+            config.compressor(cfg, 50890)
+    assert all((claim.says, claim.refuted, claim.source)) and claim.name == name and claim.refuted != claims.study.Claim.refuted
+
+
+def test_claims_eigenvalues_are_compared_where_the_losses_are_equal():
+    lines = lambda *pairs: {"log": [{"train_loss": a, "eigenvalue": b} for a, b in pairs]}                                          # noqa: E731
+    fast, slow = lines((1.0, 10.0), (0.5, 20.0), (0.2, 30.0)), lines((2.0, 5.0), (0.6, 40.0))
+    assert claims.excess_at_equal_loss(slow, fast) == pytest.approx(40 - 18)         # fast passes 0.6 at 4/5 of the way from 10 to 20
+    assert claims.excess_at_equal_loss(fast, slow) == pytest.approx(18 - 40) and claims.excess_at_equal_loss(fast, fast) == 0
+    assert claims.excess_at_equal_loss(lines((3.0, 1.0), (1.5, 2.0)), fast) is None   # fast was below 1.5 before it was measured
+
+
+def test_claims_shares_of_the_gap_need_a_gap():
+    assert claims.relatives.shares({"a": [1.0, 1.0, 1.0], "oracle": [2.0, 2.0, 2.1]})["a"] == pytest.approx(3 / 6.1)
+    assert claims.relatives.shares({"a": [1.0, 1.0], "oracle": [2.0, -2.0]}) == {}
+
+
+def test_claims_disagreement_is_half_the_variance_of_full_gradients(bundled):
+    fed = vision("fedavg", bundled, begin=1)
+    g = torch.stack([sharpness.full_gradient(fed.task.apply, fed.w, fed.task.train, part) for part in fed.task.parts])
+    assert claims.relatives.disagreement(fed) == pytest.approx(float(align.gradient_variance(g, torch.full((6,), 1 / 6, dtype=f64))), rel=1e-9)
+
+
+def test_claims_an_experiment_from_its_command_to_its_files(tmp_path, capsys):
+    words = ["--experiment", "oracle", "--size", "quick", "--out", tmp_path, "--results", tmp_path / "results"]
+    code, out, err = main(capsys, *words)
+    assert code == 0 and "| oracle |" in out and "Not decided" in out, err
+    stored = json.loads((tmp_path / "results" / "oracle.json").read_text())["quick"]
+    assert stored["command"] == "python run.py --experiment oracle --size quick" and stored["worlds"][""]["table"] in out and stored["machines"][0]["torch"] == torch.__version__
+    assert [r["cell"] for r in stored["rows"]] == ["fedavg", "fedsam", "oracle"] and stored["rows"][2]["fields"]["oracle_images"] == 20
+    assert config.Config(**{**stored["defaults"], **stored["rows"][1]["fields"]}).check().hash() == stored["rows"][1]["hash"]         # all settings are there
+    assert (tmp_path / "results" / "oracle.png").stat().st_size > 10000 and len(list((tmp_path / "experiments" / "oracle-quick").glob("*/row.json"))) == 3
+    assert main(capsys, *words)[:2] == (0, out)
+
+
+def test_tune_picks_the_best_on_validation_images_and_sees_no_others(monkeypatch, tmp_path):
+    class Result(dict):
+        def __getitem__(self, key):
+            assert key == "val_acc", f"tuning read {key}"
+            return super().__getitem__(key)
+    seen = []
+
+    def run_of(cfg):                                                                 # best at lr 0.1, rho 0.2, but only at the end
+        seen.append(cfg)
+        late = cfg.rounds == 60
+        return None if cfg.lr == 0.2 and cfg.rho == 0.2 else Result(val_acc=0.9 - abs(cfg.lr - 0.1) - (0.2 - cfg.rho if late else abs(0.1 - cfg.rho)) / 10, test_acc=1 - cfg.lr)
+    tried = tune.halving("fedsam", {}, run_of)
+    assert tried[-1][:2] == (60, {"lr": 0.1, "rho": 0.2}) and [cfg.rounds for cfg in seen] == [20] * 9 + [60] * 3 and {cfg.seed for cfg in seen} == {100}
+    assert {(cfg.lr, cfg.rho) for cfg in seen[9:]} == {(0.1, r) for r in (0.05, 0.1, 0.2)} and len(tried) == 12
+    with pytest.raises(experiment.UserError, match="diverged"):
+        tune.halving("fedsam", {}, lambda cfg: None)
+    assert all("test_acc" not in inspect.getsource(f) for f in vars(tune).values() if inspect.isfunction(f))
+    assert set(baselines.METHODS) <= set(tune.GRID) and all(len(tune.settings(a)) == 9 for a in tune.GRID)
+    for algo in baselines.METHODS:
+        for size in study.SIZES:
+            for world in study.WORLDS[size].values():
+                (first, nine), (last, three) = tune.stages(world)
+                assert first <= last and (nine, three) == (9, 3) and all(config.Config(**{**world, "algo": algo, "rounds": first, **s}).check() for s in tune.settings(algo))
+
+
+def test_tune_keeps_winners_and_accuracy_uses_those_of_its_size(tmp_path, capsys):
+    words = ["--tune", "fedsynsam", "--size", "quick", "--out", tmp_path, "--results", tmp_path / "results"]
+    code, out, err = main(capsys, *words)
+    table = tmp_path / "results" / "tuned.json"
+    entry, = json.loads(table.read_text())
+    assert code == 0 and "on validation images" in out and entry["command"] == "python run.py --tune fedsynsam --size quick" and len(entry["tried"]) == 12, err
+    assert entry["val_acc"] == max(x for rounds, _, x in entry["tried"][-3:]) and entry["settings"] == entry["tried"][-1][1]
+    for e in ({"size": "cpu", "method": "fedavg"}, {"size": "cpu", "method": "fedsynsam"}):
+        tune.enter(table, {**entry, **e, "settings": {"lr": 0.05}})
+    tune.enter(table, {**entry, "size": "cpu", "method": "fedavg", "settings": {"lr": 0.07}})
+    assert len(table.read_text().splitlines()) == 5                                   # a line each, one for each method
+    cells = claims.CLAIMS["accuracy"]("cpu", tmp_path / "results").cells("")
+    assert cells["fedavg (lr 0.07)"]["lr"] == 0.07 and cells["fedsynsam raw (lr 0.05)"]["lr"] == 0.05 and "fedsam (not tuned)" in cells
+    assert main(capsys, *words)[1] == out and len(json.loads(table.read_text())) == 3
+
+
+def test_measure_every_adds_to_the_log_and_changes_nothing(tmp_path):
+    fields = {**study.QUICK, "algo": "fedlesam-server", "rounds": 4, "eval_every": 2, "last": 2}
+    (plain, a), (measured, b) = (study.trained(tmp_path / str(n), config.Config(**fields, measure_every=n).check(), "") for n in (0, 3))
+    assert torch.equal(a.w, b.w) and {k: v for k, v in plain.items() if k not in ("seconds", "settings")} == {k: v for k, v in measured.items() if k not in ("seconds", "settings")}
+    lines = experiment.read_log(tmp_path / "3")
+    assert ["eigenvalue" in x for x in lines] == [False, False, True, False] and ["test_acc" in x for x in lines] == [False, True, True, True]
+    assert lines[2]["alignment"]["own"] is not None and measured["averaged"] == [2, 4]
+    assert not any("eigenvalue" in x for x in experiment.read_log(tmp_path / "0"))
+
+
+def test_alignment_at_any_local_step_and_before_compression(bundled):
+    fed = vision("fedavg", bundled, begin=2)
+    clients, rows = fed.clients(2), torch.arange(240)
+    true = sharpness.full_gradient(fed.task.apply, fed.w, fed.task.train, rows)
+    own = [sam.cosine(fed.method.grad(fed.w, p[0]), true) for p in fed.plans(clients, 2)]
+    assert sharpness.alignment(fed, rows, steps=0).own == pytest.approx(np.mean(own))           # at w itself, the first batch
+    last = sharpness.alignment(fed, rows)
+    assert last == sharpness.alignment(fed, rows, steps=2) == sharpness.alignment(fed, rows, steps=99) != sharpness.alignment(fed, rows, steps=1)
+    assert torch.allclose(sharpness.last_update(fed), fed.move, rtol=1e-9, atol=1e-12) and last.last_uncompressed == pytest.approx(last.last_move)
+    lossy = vision("fedavg", bundled, begin=1, compressor=TopK(50, f64))
+    assert torch.allclose(sharpness.last_update(lossy), vision("fedavg", bundled, begin=1).move, rtol=1e-9, atol=1e-12) and (lossy.move != 0).sum() <= 200
+    assert all(sharpness.last_update(vision(a, bundled, begin=1)) is None for a in ("scaffold", "fedga", "fedlesam-server")) and sharpness.last_update(vision("fedavg", bundled)) is None
+
+
+def test_ceiling_oracle_is_fedsynsam_whose_synthetic_images_are_everybodys(bundled):
+    syn, oracle = vision("fedsynsam", bundled, begin=3, mix=1.0, rho=0.5), vision("oracle", bundled, begin=3, rho=0.5, oracle_images=40)
+    rows = oracle.method.peeked
+    assert torch.equal(oracle.task.train.y[rows[:, 0]].bincount(), torch.full((10,), 4)) and len(rows[:, 0].unique()) == 40        # class-balanced
+    x, y, _ = oracle.task.train.batch(rows)
+    syn.method.synthetic = synth.Synthetic(x, 1e3 * F.one_hot(y, 10).double(), None)
+    oracle.w = syn.w.clone()
+    before = oracle.w
+    for fed in (syn, oracle):
+        fed.round()
+    assert torch.allclose(oracle.w, syn.w, rtol=1e-9, atol=1e-12) and (oracle.w - before).norm() > 0.01
+    sam_way = vision("fedsam", bundled, begin=3, rho=0.5)
+    sam_way.w = before
+    sam_way.round()
+    assert (sam_way.w - oracle.w).norm() > 1e-3
+    assert torch.equal(vision("oracle", bundled, begin=1, oracle_images=40).method.peeked, rows)                                # the same in every round
+
+
 # ------------------------------------------------------------------------------------------------------- the project
 def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "baselines", "tasks", "memory", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "ceiling", "baselines", "tasks", "memory", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -2549,7 +2856,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "baselines", "ranks", "tasks", "memory", "loop", "config", "presets", "experiment", "study", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "ceiling", "baselines", "ranks", "tasks", "memory", "loop", "config", "presets", "experiment", "study", "tune", "relatives", "claims", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
@@ -2572,7 +2879,12 @@ def test_readme_begins_with_the_two_commands():
 def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
     """Every command of the README, in --quick mode and smaller still, where its folders go to a temporary place."""
     words = command[command.index("python run.py"):].split()[2:]
-    if "--explain" not in words and "--list" not in words and "--help" not in words and "--resume" not in words:
+    if "--report" in words:
+        (tmp_path / "README.md").write_text("no marks")
+        monkeypatch.setattr(experiment, "HERE", tmp_path)
+    if "--experiment" in words or "--tune" in words:
+        words += ["--size", "quick", "--out", str(tmp_path), "--results", str(tmp_path)]
+    elif not {"--explain", "--list", "--help", "--resume", "--report"} & set(words):
         words += [*SMALL, "--out", str(tmp_path)]
     if "--resume" in words:
         assert main(capsys, *SMALL, "--out", tmp_path, "--algo", "fedavg", "--name", "x")[0] == 0
@@ -2583,7 +2895,7 @@ def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
         idx_folder(tmp_path / "raw", 3000)
         monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "raw")
     code, out, err = main(capsys, *words)
-    assert code == 0 and len(out) > 100, err
+    assert code == 0 and len(out) > (100 if "--report" not in words else 10), err
 
 
 @pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("pip") and "tradeoff" not in c and (not c.startswith("python run.py") or "--procs" in c)])
