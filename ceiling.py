@@ -22,7 +22,8 @@ class Oracle(fl.FedSAM):
     """FedSAM, except: it is no method: the client PEEKS at images of all clients and climbs the true global loss: u = grad L_S(w).
 
     w [d]; 2 gradients a step, one of them over all `oracle_images`; d floats up and down; no state, and what it peeks at is not
-    counted as bytes. FedSynSAM with mix = 1 whose D_syn were these images takes the same steps (a test).  Source: ours.
+    counted as bytes. FedSynSAM with mix = 1 whose D_syn were these images takes the same steps (a test).
+    Source: ours, no paper.
     """
 
     def receive(self, w, extra):
