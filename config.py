@@ -21,6 +21,7 @@ import compress
 import data
 import fl
 import models
+import synth
 
 
 def option(default, text, *legal):
@@ -101,6 +102,17 @@ class Config:
     finetune_epochs: int = option(20, "DynaFed: server epochs on the synthetic data a round [DynaFed]")
     finetune_lr: float = option(1e-4, "DynaFed: Adam rate of the server [DynaFed]")
     finetune_batch: int = option(256, "DynaFed: images per server step [DynaFed]")
+    # an update as data (FedSynth)
+    fs_objective: str = option("data", "learn what does well on the client's data [paper], or what reproduces its update [Goetz and Tewari]", "data", "update")
+    fs_batches: int = option(4, "synthetic batches M, used one after the other [ours]")
+    fs_images: int = option(4, "images of a synthetic batch n [ours]")
+    fs_steps: int = option(30, "Adam steps S of a client in a round [ours]")
+    fs_rate_images: float = option(0.1, "Adam rate of the images [ours]")
+    fs_rate_labels: float = option(0.1, "Adam rate of the label logits [ours]")
+    fs_rate_step: float = option(0.01, "Adam rate of the step size [ours]")
+    fs_step: float = option(0.1, "first value of the step size a [ours]")
+    fs_labels: float = option(1.0, "first label logits are this times one-hot, of the client's own labels [ours]")
+    fs_format: str = option("uint8", "how the images are sent; labels and step size are float32 [ours]", *synth.FORMATS)
     # measuring
     eval_every: int = option(2, "rounds between evaluations (the last round is always evaluated)")
     last: int = option(5, "the reported accuracy is the mean over this many last evaluations")

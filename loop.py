@@ -197,7 +197,9 @@ class Federation:
 
         def work():
             up, own = 0, [clients[c] for c in mine]
-            replies = self.each_client(w, memory[mine], self.plans(own, t), t, lambda n, *trained: self.uplink(own[n], t, memory[mine[n]], *trained))
+            plans = self.plans(own, t)
+            send = lambda n, *trained: self.uplink(own[n], t, memory[mine[n]], self.method.codec(self.compressor, w, plans[n]), *trained)   # noqa: E731
+            replies = self.each_client(w, memory[mine], plans, t, send)
             for c, (x_hat, rows, bytes_up) in zip(mine, replies):
                 mean.add_(x_hat, alpha=float(size[c] / size.sum()))
                 kept[c] = rows
@@ -244,21 +246,25 @@ class Federation:
         finally:
             self.method.vmapped = False
 
-    def uplink(self, client, t, memory, sent, kept):
+    def uplink(self, client, t, memory, codec, sent, kept):
         """A client's vectors through the wire, in round t: its rows before [p + residuals, d], sent [uplinks, d], kept [p, d].
 
-        -> (decoded [uplinks, d], its rows after, bytes). Raises Diverged if a number is not finite.  Source: ours.
+        codec: encodes and decodes.  -> (decoded [uplinks, d], its rows after, bytes). Raises Diverged if a number is not
+        finite.  Source: ours.
         """
         if not sent.isfinite().all():
             raise Diverged(f"round {t + 1}, client {client}: the update is not finite. Likely cause: {self.likely_cause()}")
         decoded, residuals, size = [], list(memory[self.method.memory:]), 0
         for j, x in enumerate(sent):
             g = generator(self.cfg.seed, "compressor", t, client, j, device=x.device)
-            if residuals:
-                buffer, residuals[j] = compress.with_feedback(self.compressor, x, residuals[j], g)
-            else:
-                buffer = self.compressor.encode(x, g)
-            decoded.append(self.compressor.decode(buffer, len(x)).to(x.dtype))
+            try:
+                if residuals:
+                    buffer, residuals[j] = compress.with_feedback(codec, x, residuals[j], g)
+                else:
+                    buffer = codec.encode(x, g)
+            except FloatingPointError as error:
+                raise Diverged(f"round {t + 1}, client {client}: {error}") from None
+            decoded.append(codec.decode(buffer, len(x)).to(x.dtype))
             size += len(buffer)
         decoded = torch.stack(decoded)
         return decoded, torch.cat([self.method.remember(kept, decoded), *(e[None] for e in residuals)]), size

@@ -20,11 +20,14 @@ Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878) and its released code; traje
 augmentation, Zhao and Bilen 2021 (DSA). Read next: fl.py.
 """
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from bits import from_bytes, seal, to_bytes, unseal
 
 
 class Synthetic(NamedTuple):
@@ -51,15 +54,17 @@ def synthetic_loss(apply, w, synthetic):
     return soft_cross_entropy(apply(w, synthetic.images), synthetic.logits)
 
 
-def unroll(apply, w, synthetic, inner_steps, look=lambda x: x):
+def unroll(apply, w, synthetic, inner_steps=None, look=lambda x: x):
     """M steps of gradient descent on D_syn: w = theta_0 [d] -> theta_M [d], differentiable in X, Y and a.
 
-    look: what is done to the images before each step (augmentation).  Source: DynaFed (released code).
+    Every step sees all images X [n, C, H, W], `inner_steps` times over (DynaFed); or, if inner_steps is None, X [M, n, C, H, W]
+    and Y [M, n, classes] are M batches, used one after the other (FedSynth).
+    look: what is done to the images before each step (augmentation).  Source: DynaFed (released code); Hu et al. 2022.
     """
     images, logits, step = synthetic
-    for _ in range(inner_steps):
-        x = look(images)
-        w = w - step * torch.func.grad(lambda v: soft_cross_entropy(apply(v, x), logits))(w)
+    for x, y in zip(images, logits) if inner_steps is None else [(images, logits)] * inner_steps:
+        x = look(x)
+        w = w - step * torch.func.grad(lambda v: soft_cross_entropy(apply(v, x), y))(w)
     return w
 
 
@@ -110,18 +115,28 @@ def distill(apply, trajectory, guess, generator, outer_steps=200, inner_steps=10
             rate_images=0.05, rate_labels=0.01, rate_step=1e-5, augment=False, progress=True):
     """Learn D_syn from trajectory [L, d], starting from `guess` -> (Synthetic, list of outer_steps values of L_TM).
 
-    One outer step: draw a segment, unroll M inner steps from its start, move X, Y and a by Adam (three learning rates)
-    along -grad L_TM. A step whose loss or gradient is not finite is dropped and a halved; after 10 such steps in a row
-    (or if all fail) FloatingPointError is raised.  Source: DynaFed (released code); the guards are ours.
+    One outer step: draw a segment, unroll M inner steps from its start, move X, Y and a along -grad L_TM (`learn`, which
+    raises FloatingPointError).  Source: DynaFed (released code).
     """
-    learnt = [t.clone().requires_grad_() for t in guess]
-    adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(learnt, (rate_images, rate_labels, rate_step))])
-    losses, failed = [], 0
-    bar = tqdm(range(outer_steps), desc="distilling", disable=None if progress else True, leave=False, mininterval=0.5)
-    for _ in bar:
+    def loss_of(learnt, _):
         start, target = draw_segment(trajectory, window, average, generator)
         look = (lambda x: augmented(x, generator)) if augment else (lambda x: x)
-        loss = matching_loss(unroll(apply, start, Synthetic(*learnt), inner_steps, look), start, target)
+        return matching_loss(unroll(apply, start, learnt, inner_steps, look), start, target)
+    return learn(loss_of, guess, outer_steps, (rate_images, rate_labels, rate_step), "syn_step", progress)
+
+
+def learn(loss_of, guess, steps, rates, setting, progress=False):
+    """Adam on X, Y and a, from `guess`, with three rates: -> (Synthetic, the values [steps] of loss_of(Synthetic, s)).
+
+    A step whose loss or gradient is not finite is dropped and a halved; after 10 such steps in a row (or if all fail)
+    FloatingPointError is raised; it names the setting that a starts from.  Source: DynaFed (released code); the guards are ours.
+    """
+    learnt = Synthetic(*(t.clone().requires_grad_() for t in guess))
+    adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(learnt, rates)])
+    losses, failed = [], 0
+    bar = tqdm(range(steps), desc="distilling", disable=None if progress else True, leave=False, mininterval=0.5)
+    for s in bar:
+        loss = loss_of(learnt, s)
         gradients = torch.autograd.grad(loss, learnt)
         if all(t.isfinite().all() for t in (loss, *gradients)):
             failed = 0
@@ -131,12 +146,12 @@ def distill(apply, trajectory, guess, generator, outer_steps=200, inner_steps=10
         else:
             failed += 1
             with torch.no_grad():
-                learnt[2].mul_(0.5)
-            if failed == min(10, outer_steps):
+                learnt.step.mul_(0.5)
+            if failed == min(10, steps):
                 raise FloatingPointError(f"the matching loss stayed non-finite for {failed} steps: lower the synthetic step size "
-                                         "(syn_step) or its learning rates")
+                                         f"({setting}) or its learning rates")
         losses.append(loss.item())
-        bar.set_postfix(L_TM=f"{losses[-1]:.3f}")
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return Synthetic(*(p.detach() for p in learnt)), losses
 
 
@@ -175,3 +190,108 @@ def augmented(x, generator):
         angle = (2 * rand() - 1) * math.radians(15)
         A[:, 0, 0], A[:, 0, 1], A[:, 1, 0], A[:, 1, 1] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
     return F.grid_sample(x, F.affine_grid(A, x.shape, align_corners=False), align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------- an update as data
+@dataclass(frozen=True)
+class AsData:
+    """FedSynth's message: M batches of n images, their label logits and a step size; training on them from w [d] is the update.
+
+    encode: x [d] -> buffer: D_syn = (X [M, n, C, H, W], Y [M, n, classes], a), learnt in `steps` steps of Adam on
+        objective "data":    real(theta_M, s), the loss of the s-th mini-batch of real images; x is not looked at
+        objective "update":  ||theta_M - (w + x)||^2 / ||x||^2, if `real` is None
+    decode: buffer -> theta_M - w [d]; only apply, w, shape, classes and the number formats matter here. What is damaged, or does
+    not stay finite, raises ValueError.
+    Labels and a are floats of type `dtype`, images are so too, or have 16 or 8 bits. The learning sees the images as they will be
+    sent (its gradient takes the rounding for the identity).  first [M n]: the classes from which Y starts.
+    A message of objective "update" is never worse than none: if it would be, a = 0 is sent. So error feedback may be used.
+    Source: "data", Hu et al. 2022 (FedSynth), of which the abstract was at hand; "update", Goetz and Tewari 2020; start, formats
+    and the never-worse rule, ours.
+    """
+    apply: Callable
+    w: torch.Tensor
+    shape: tuple
+    classes: int
+    format: str = "float32"
+    real: Callable = None
+    first: torch.Tensor = None
+    steps: int = 30
+    rates: tuple = (0.1, 0.1, 0.01)
+    step: float = 0.1
+    label_scale: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self):
+        """Bytes of a buffer, those of every [d]: D_syn and a checksum.  Source: ours."""
+        return self.dtype.itemsize * (1 + math.prod(self.shape[:2]) * self.classes) + image_bytes(self.shape, self.format, self.dtype) + 4
+
+    def guess(self, generator=None):
+        """Where learning starts: X ~ N(0, 1), Y = label_scale * one-hot(first), a = step -> Synthetic, X [M, n, C, H, W].  Source: ours."""
+        images = torch.randn(self.shape, generator=generator, dtype=self.w.dtype, device=generator.device if generator else "cpu")
+        labels = self.label_scale * F.one_hot(self.first.view(self.shape[:2]), self.classes)
+        return Synthetic(images.to(self.w), labels.to(self.w), torch.tensor(self.step).to(self.w))
+
+    def objective(self, synthetic, x, s=0):
+        """What outer step s makes small, for D_syn as it will be sent and x [d] -> [].  Source: Hu et al. 2022; Goetz and Tewari 2020."""
+        images = synthetic.images
+        sent = read_images(write_images(images.detach(), self.format, self.dtype), self.shape, self.format, self.dtype)
+        end = unroll(self.apply, self.w, synthetic._replace(images=images + (sent - images).detach()))
+        return self.real(end, s) if self.real else matching_loss(end, self.w, self.w + x)
+
+    def encode(self, x, generator=None):
+        learnt = self.guess(generator)
+        if self.real or x.any():                                        # nothing to match: the step size 0 says so
+            learnt, _ = learn(lambda synthetic, s: self.objective(synthetic, x, s), learnt, self.steps, self.rates, "fs_step")
+        if not self.real and not self.objective(learnt, x) <= 1:
+            learnt = learnt._replace(step=0 * learnt.step)
+        return self.pack(learnt)
+
+    def pack(self, synthetic):
+        """D_syn, X [M, n, C, H, W] -> buffer: a, Y, X, checksum.  Source: ours."""
+        images, logits, step = synthetic
+        return seal(to_bytes(step.to(self.dtype)), to_bytes(logits.to(self.dtype)), write_images(images, self.format, self.dtype))
+
+    def unpack(self, buffer):
+        """The inverse of `pack` -> Synthetic, X [M, n, C, H, W]; ValueError if the buffer is damaged.  Source: ours."""
+        body, bits = unseal(buffer, self.size - 4), self.dtype.itemsize
+        labels = bits * (1 + math.prod(self.shape[:2]) * self.classes)
+        numbers = from_bytes(body[:labels], self.dtype)
+        images = read_images(body[labels:], self.shape, self.format, self.dtype)
+        return Synthetic(images.to(self.w.dtype), numbers[1:].view(*self.shape[:2], -1).to(self.w.dtype), numbers[0].to(self.w.dtype))
+
+    def decode(self, buffer, d):
+        update = unroll(self.apply, self.w, self.unpack(buffer)) - self.w
+        if not update.isfinite().all():
+            raise ValueError("damaged buffer: training on its images does not stay finite")
+        return update
+
+
+FORMATS = {"float32": None, "float16": torch.float16, "uint8": torch.uint8}                # None: the wire's own floats
+
+
+def image_bytes(shape, format, dtype):
+    """Bytes that images of a shape [...] take; floats are of type dtype, uint8 adds two of them.  Source: ours."""
+    return math.prod(shape) * (FORMATS[format] or dtype).itemsize + 2 * dtype.itemsize * (format == "uint8")
+
+
+def write_images(x, format, dtype):
+    """x [...] -> its bytes: floats of type dtype, half floats (relative error 2^-11), or whole numbers 0..255 between min and max.
+
+    The error of uint8 is at most (max - min) / 510; min and the step between neighbours are sent first.  Source: ours.
+    """
+    if format != "uint8":
+        kind = FORMATS[format] or dtype
+        return to_bytes(x.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind))
+    low, high = x.aminmax()
+    grid = torch.stack([low, (high - low) / 255]).to(dtype)
+    level = ((x - grid[0]) / grid[1].clamp_min(torch.finfo(dtype).tiny)).round().clamp(0, 255)
+    return torch.cat([to_bytes(grid), level.to(torch.uint8).view(-1)])
+
+
+def read_images(b, shape, format, dtype):
+    """The inverse of `write_images`: bytes -> x [...] of type dtype; ValueError for a number that is not finite.  Source: ours."""
+    if format != "uint8":
+        return from_bytes(b, FORMATS[format] or dtype).to(dtype).view(shape)
+    grid, level = from_bytes(b[:2 * dtype.itemsize], dtype), b[2 * dtype.itemsize:]
+    return (grid[0] + grid[1] * level.to(dtype)).view(shape)
