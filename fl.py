@@ -209,11 +209,10 @@ class FedSynth(FedAvg):
         X, Y, a are learnt to make F_i(theta_M) small on the round's real mini-batches     (fs_objective = "data", the paper's)
         or ||theta_M - w_{i,K}||^2 small, after K local steps                              (fs_objective = "update")
 
-    w [d]; 0 gradients a step and no local steps with "data" (1 with "update"); instead S M second-order gradients a round to learn
-    X, Y, a, S more of F_i with "data", and M at the server for every client. Instead of d floats up, the bytes of D_syn, which do
-    not depend on d, so that `compress` is not used; d floats down; no state. Images and labels are learnt, yet nothing keeps them
-    from looking like the client's own: this is no protection of privacy.
-    Source: Hu et al. 2022 (FedSynth), abstract and its readers' notes; "update", Goetz and Tewari 2020.
+    w [d]; 0 gradients a step, no local steps with "data" (1 gradient with "update"); to learn X, Y, a instead S M gradients of
+    gradients a round (and S of F_i with "data"); D_syn up, of a size that knows no d, so `compress` is not used; d floats down; no
+    state; server work: M gradients a client. Nothing keeps images that are learnt from looking like the client's own.
+    Source: Hu et al. 2022 (FedSynth), of which the abstract was at hand; "update", Goetz and Tewari 2020.
     """
     gradients = 0
 

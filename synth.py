@@ -1,4 +1,4 @@
-"""Synthetic data from a trajectory: a few images that teach what the federation has learnt so far.
+"""Synthetic data: a few images that teach what a federation, or one of its clients, has learnt.
 
 The server of a federation sees no images. But it sees its own model move, w^0, w^1, w^2, ..., and that trajectory is a
 trace of everybody's data. DynaFed's trajectory matching looks for a small synthetic set D_syn = (X, Y) such that plain
@@ -12,12 +12,17 @@ with the target some way ahead, w^{p+r} or an average of such snapshots (`draw_s
 the step size a are learnt by Adam on L_TM, with gradients through all M inner steps (`distill`). L_TM = 1 means "D_syn
 teaches nothing", 0 means "D_syn walks exactly where the federation walked".
 
+FedSynth turns this round: a CLIENT learns M batches (X_1, Y_1), ..., (X_M, Y_M) and a, such that the M steps that use them one
+after the other lead from w^t to where it wants the model to be, and sends the batches instead of an update (`AsData`, a
+compressor like those of compress.py, but for its price: S M gradients of gradients a message).
+
 What D_syn is good for: DynaFed trains on it at the server; FedSynSAM reads the global ascent direction from it
 (the gradient of `synthetic_loss`; fl.py). The soft cross-entropy here is the true one, a sum over classes; DynaFed's code also divides
 by the number of classes C, so its step size 0.04 is 0.004 here (C = 10).
 
 Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878) and its released code; trajectory matching, Cazenavette et al. 2022; the
-augmentation, Zhao and Bilen 2021 (DSA). Read next: fl.py.
+augmentation, Zhao and Bilen 2021 (DSA); FedSynth, Hu et al. 2022 (arXiv 2204.01273), and Goetz and Tewari 2020 (arXiv
+2008.04489). Read next: sharpness.py.
 """
 import math
 from dataclasses import dataclass
@@ -204,7 +209,8 @@ class AsData:
     not stay finite, raises ValueError.
     Labels and a are floats of type `dtype`, images are so too, or have 16 or 8 bits. The learning sees the images as they will be
     sent (its gradient takes the rounding for the identity).  first [M n]: the classes from which Y starts.
-    A message of objective "update" is never worse than none: if it would be, a = 0 is sent. So error feedback may be used.
+    A message is never worse than none: if w itself does better (on the first real mini-batch; on x), a = 0 is sent. So
+    ||x_hat - x|| <= ||x|| with objective "update", and error feedback may be used there.
     Source: "data", Hu et al. 2022 (FedSynth), of which the abstract was at hand; "update", Goetz and Tewari 2020; start, formats
     and the never-worse rule, ours.
     """
@@ -241,11 +247,10 @@ class AsData:
 
     def encode(self, x, generator=None):
         learnt = self.guess(generator)
-        if self.real or x.any():                                        # nothing to match: the step size 0 says so
+        if self.real or x.any():                                        # there is something to learn
             learnt, _ = learn(lambda synthetic, s: self.objective(synthetic, x, s), learnt, self.steps, self.rates, "fs_step")
-        if not self.real and not self.objective(learnt, x) <= 1:
-            learnt = learnt._replace(step=0 * learnt.step)
-        return self.pack(learnt)
+        silent = learnt._replace(step=0 * learnt.step)
+        return self.pack(learnt if self.objective(learnt, x) < self.objective(silent, x) else silent)
 
     def pack(self, synthetic):
         """D_syn, X [M, n, C, H, W] -> buffer: a, Y, X, checksum.  Source: ours."""
@@ -278,20 +283,21 @@ def image_bytes(shape, format, dtype):
 def write_images(x, format, dtype):
     """x [...] -> its bytes: floats of type dtype, half floats (relative error 2^-11), or whole numbers 0..255 between min and max.
 
-    The error of uint8 is at most (max - min) / 510; min and the step between neighbours are sent first.  Source: ours.
+    The error of uint8 is at most (max - min) / 510; min and max are sent first.  Source: ours.
     """
     if format != "uint8":
         kind = FORMATS[format] or dtype
-        return to_bytes(x.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind))
-    low, high = x.aminmax()
-    grid = torch.stack([low, (high - low) / 255]).to(dtype)
-    level = ((x - grid[0]) / grid[1].clamp_min(torch.finfo(dtype).tiny)).round().clamp(0, 255)
-    return torch.cat([to_bytes(grid), level.to(torch.uint8).view(-1)])
+        largest = min(torch.finfo(kind).max, torch.finfo(x.dtype).max)
+        return to_bytes(x.clamp(-largest, largest).to(kind))
+    ends = torch.stack(x.aminmax()).to(dtype)
+    low, high = ends.double()                                           # in float64 their difference is finite
+    level = ((x.double() - low) * (255 / (high - low).clamp_min(1e-300))).round().clamp(0, 255)
+    return torch.cat([to_bytes(ends), level.to(torch.uint8).view(-1)])
 
 
 def read_images(b, shape, format, dtype):
     """The inverse of `write_images`: bytes -> x [...] of type dtype; ValueError for a number that is not finite.  Source: ours."""
     if format != "uint8":
         return from_bytes(b, FORMATS[format] or dtype).to(dtype).view(shape)
-    grid, level = from_bytes(b[:2 * dtype.itemsize], dtype), b[2 * dtype.itemsize:]
-    return (grid[0] + grid[1] * level.to(dtype)).view(shape)
+    (low, high), part = from_bytes(b[:2 * dtype.itemsize], dtype), b[2 * dtype.itemsize:].to(dtype) / 255
+    return (low * (1 - part) + high * part).view(shape)
