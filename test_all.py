@@ -725,8 +725,9 @@ def test_synth_a_client_learns_data_that_lower_its_objective(format):
     c, w, x = as_data(format, rates=(0.1, 0.1, 0.02))
     error = float((c.decode(c.encode(x, seeded()), len(w)) - x).square().sum() / x.square().sum())
     assert error < 0.8 and error < 0.8 * float(c.objective(c.guess(seeded()), x))
+    rough = c.guess(seeded(3))                                                       # the learning sees what the server will replay
+    assert float(c.objective(rough, x)) == pytest.approx(float((c.decode(c.pack(rough), len(w)) - x).square().sum() / x.square().sum()), rel=1e-9)
     learnt = c.unpack(c.encode(x, seeded()))
-    assert error == pytest.approx(float(c.objective(learnt, x)), rel=1e-9)           # the learning saw what the server replays
     assert all(not torch.allclose(a, b) for a, b in zip(learnt, c.guess(seeded())))  # all three are learnt
 
 
@@ -1291,10 +1292,12 @@ def test_fl_fedsynth_with_the_clients_own_batches_replays_its_update_exactly(bun
 def test_fl_fedsynth_server_needs_the_buffer_and_the_model_alone(objective, bundled, monkeypatch):
     """Buffers are taken off the wire; a server elsewhere, with other seeds and other data, makes the same model of them."""
     fed, buffers, encode = vision("fedsynth", bundled, fs_objective=objective, fs_format="uint8"), [], synth.AsData.encode
-    fed.pool = loop.ThreadPoolExecutor(1)
-    monkeypatch.setattr(synth.AsData, "encode", lambda self, x, g: buffers.append(encode(self, x, g)) or buffers[-1])
-    w = fed.w
+    fed.pool, codecs, w = loop.ThreadPoolExecutor(1), [], fed.w
+    monkeypatch.setattr(synth.AsData, "encode", lambda self, x, g: codecs.append(self) or buffers.append(encode(self, x, g)) or buffers[-1])
     fed.round()
+    for codec, plan in zip(codecs, fed.plans(fed.clients(0), 0)):                    # each client learns from its own batches, in turn
+        assert torch.equal(codec.first, fed.task.train.y[plan[0, :4, 0]])
+        assert objective == "update" or all(torch.equal(codec.real(w, s), fed.task.loss(w, plan[s % 3])) for s in range(5))
     other = vision("fedsynth", bundled, fs_objective=objective, fs_format="uint8", partition="shards", lr=0.7, fs_steps=50)
     mean = sum(other.method.codec(None, w).decode(b, len(w)) for b in buffers) / len(buffers)
     assert torch.allclose(fed.w, w + mean, rtol=0, atol=1e-12) and not torch.equal(fed.w, w)
