@@ -1326,16 +1326,21 @@ def test_fl_fedsynth_names_round_and_client_when_learning_fails(bundled):
         fed.round()
 
 
-def test_fl_fedsynth_trains_on_colour_images_and_remembers_residuals():
+def test_fl_fedsynth_trains_on_colour_images_and_continues_with_its_residuals(tmp_path):
     n = 60
     x = torch.randint(0, 256, (n, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
     images = data.Images(x, torch.arange(n) % 4, torch.full((3,), 128.0), torch.full((3,), 60.0), list(range(4)))
     cfg = config.Config(algo="fedsynth", model="mlp", clients=3, participation=3, local_steps=2, batch=4, fs_objective="update", error_feedback=True,
                         fs_steps=3, fs_batches=2, fs_images=2).check()
     task = loop.Task(models.build("mlp", (3, 8, 8), 4, hidden=4), images, list(torch.arange(n).split(20)), cfg)
-    fed = loop.Federation(fl.FedSynth(task, cfg))
+    fed, resumed = (loop.Federation(fl.FedSynth(task, cfg)) for _ in range(2))
     fed.round()
+    experiment.save(tmp_path, fed, 1.0, 0)
+    experiment.restore(tmp_path, resumed)
     assert fed.up == 3 * (2 * 2 * 3 * 64 + 8 + 4 * (1 + 2 * 2 * 4) + 4) and fed.memory.table.any()
+    for f in (fed, resumed):
+        f.round()
+    assert torch.equal(fed.w, resumed.w) and torch.equal(fed.memory.table, resumed.memory.table)
 
 
 def test_fl_divergence_names_round_client_and_cause():
