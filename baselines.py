@@ -5,7 +5,9 @@ and what the server does. A DIRECTION says where to climb before the gradient is
 of fl.py, so a crossing is a class with two parents and nothing in it: Python asks the left one first, then the right one.
 
     base \\ direction           none              own gradient         the model last seen
-    FedAvg                     FedAvg            FedSAM, FedASAM      FedLESAM               (fl.py, but for FedASAM)
+    FedAvg                     FedAvg            FedSAM, FedASAM,     FedLESAM               (fl.py, but for FedASAM, GCSAM)
+                                                 GCSAM
+    + Adam at the client       LocalAdam (and with DynaFed's server: DynaFedAdam)
     + a spring                 FedProx
     + state at the server      FedCM, FedAdam    MoFedSAM (FedCM's)
     + state on both sides      SCAFFOLD          FedGAMMA             FedLESAM-S
@@ -29,8 +31,11 @@ FedSMOO's authors; clipping G to norm `clip`, correction included, and only then
 
 Sources: each class names its own. Read next: loop.py.
 """
+import math
+
 import torch
 
+import align
 import fl
 import sam
 
@@ -152,8 +157,8 @@ class FedAdam(fl.FedAvg):
 
         m = b1 m + (1 - b1) delta     v = b2 v + (1 - b2) delta^2     w^{t+1} = w^t + eta_g m / (sqrt(v) + eps)
 
-    w [d]; 1 gradient a step; d floats up and down; server m, v [2, d], 0 at first. A coordinate moves by up to about eta_g, so
-    server_lr must be far below FedAvg's 1 (FL-Simulator: 0.1 or 0.05). Whether v should start at eps^2 the paper's text was
+    w [d]; 1 gradient a step; d floats up and down; server m, v [2, d], 0 at first. A coordinate moves by up to about eta_g, so it
+    must be far below FedAvg's 1 and is a setting of its own, adam_lr. Whether v should start at eps^2 the paper's text was
     not at hand to settle; here it starts at 0.  Source: FL-Simulator's code of Reddi et al. 2021 (FedAdam), Algorithm 2.
     """
 
@@ -165,7 +170,28 @@ class FedAdam(fl.FedAvg):
         c = self.cfg
         self.m = c.adam_b1 * self.m + (1 - c.adam_b1) * mean[0]
         self.v = c.adam_b2 * self.v + (1 - c.adam_b2) * mean[0].square()
-        return w + c.server_lr * self.m / (self.v.sqrt() + c.adam_eps)
+        return w + c.adam_lr * self.m / (self.v.sqrt() + c.adam_eps)
+
+
+class LocalAdam(fl.FedAvg):
+    """FedAvg, except: the client steps by Adam, whose moments stay with it from round to round.
+
+        m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2     w <- w - eta m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + 1e-8)
+
+    w [d]; 1 gradient a step; d floats up and down; client m, v, k [3, d], 0 at first; b1 = 0.9, b2 = 0.999. k counts this client's
+    steps in all rounds, a number that takes a row because memory is rows. The model jumps at every round, the moments do not. A
+    coordinate moves by up to about eta a step, so eta is a setting of its own, local_adam_lr, which decays as lr does. g is clipped, then decayed, as FedAvg's (ours).
+    Source: DynaFed's code (Pi et al. 2023), where every client keeps its own torch.optim.Adam; Kingma and Ba 2015.
+    """
+    memory = 3
+
+    def step(self, w, rows, me, lr, uphill):
+        (m, v, k), b1, b2, g = me.memory, 0.9, 0.999, self.slope(w, rows, me, uphill)
+        new = torch.stack([b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g.square(), k + 1])
+        short = lambda b: -torch.expm1(new[2, 0] * math.log(b))                 # noqa: E731, 1 - b^k without cancellation in float32
+        eta = lr * (self.cfg.local_adam_lr / self.cfg.lr)
+        w = w - eta * (new[0] / short(b1)) / ((new[1] / short(b2)).sqrt() + 1e-8)
+        return w, me._replace(memory=me.memory + (lr > 0) * (new - me.memory))                # a padded step has lr = 0
 
 
 # --------------------------------------------------------------------------------------------------------- crossings
@@ -250,6 +276,14 @@ class FedLESAMD(fl.FedLESAM, FedDyn):
     memory = 2
 
 
+class DynaFedAdam(fl.DynaFed, LocalAdam):
+    """DynaFed on LocalAdam: the server of DynaFed, and clients as in its released code.
+
+    w [d]; 1 gradient a step; d floats up and down; client m, v, k [3, d]; server as DynaFed's.
+    Source: DynaFed's code (Pi et al. 2023), but for the augmentation at its server.
+    """
+
+
 class FedASAM(fl.FedSAM):
     """FedSAM, except: the ball is an ellipsoid, long where |w| is large: eps = rho T^2 g / ||T g||, T = |w| + asam_eta.
 
@@ -261,6 +295,21 @@ class FedASAM(fl.FedSAM):
         return self.grad(sam.perturb_adaptive(w, uphill, self.cfg.rho, self.cfg.asam_eta, self.task.weights), rows)
 
 
-METHODS = {**fl.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
+class GCSAM(fl.FedSAM):
+    """FedSAM, except: gradients are centralised, C g = g minus the mean over each output's weights: G = C g_i(w + rho C g / ||C g||).
+
+    w [d]; 2 gradients a step; d floats up and down; no state. So the mean weight into each unit never changes, as long as nothing
+    else (weight decay, compression) moves it. The released code says otherwise, `--gc-code`: G = g_i(w + rho C g / ||g||), where
+    ||eps|| <= rho and the descent is not centralised. Of rho = 0 the code makes FedAvg, the formula centralised FedAvg.
+    Source: Hassan et al. 2025 (GCSAM, arXiv 2501.11584), the formulas as restated by others; on FedSAM's clients: ours.
+    """
+
+    def gradient(self, w, rows, me, uphill):
+        shapes, code = self.task.shapes, self.cfg.gc_code
+        g = self.grad(sam.perturb_centralised(w, uphill, self.cfg.rho, shapes, code), rows)
+        return g if code else sam.centralise(g, shapes)
+
+
+METHODS = {**fl.METHODS, **align.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
            "mofedsam": MoFedSAM, "fedgamma": FedGAMMA, "fedspeed": FedSpeed, "fedsmoo": FedSMOO, "fedlesam-s": FedLESAMS,
-           "fedlesam-d": FedLESAMD, "fedasam": FedASAM}
+           "fedlesam-d": FedLESAMD, "fedasam": FedASAM, "gcsam": GCSAM, "fedavg-adam": LocalAdam, "dynafed-adam": DynaFedAdam}

@@ -21,6 +21,7 @@ import compress
 import data
 import fl
 import models
+import split
 import synth
 
 
@@ -37,7 +38,7 @@ class Config:
     # data
     dataset: str = option("bundled", f"one of {', '.join(data.DATASETS)}, or a Keras-layout file PATH.npz")
     val: int = option(1000, "training images held out for tuning, class-balanced")
-    partition: str = option("dirichlet", "how images are split over clients (data.py)", *data.PARTITIONS)
+    partition: str = option("dirichlet", "how images are split over clients (split.py)", *split.PARTITIONS)
     alpha: float = option(0.1, "Dirichlet parameter of the split, above 0; small is skewed")
     classes_per_client: int = option(2, "for partition shards")
     min_size: int = option(10, "for partition dirichlet-class: least images of a client")
@@ -46,6 +47,8 @@ class Config:
     model: str = option("cnn", "network (models.py)", *models.MODELS)
     width: int = option(8, "channels of cnn's first layer")
     hidden: int = option(64, "units of the hidden layer of cnn and mlp")
+    depth: int = option(1, "hidden layers of mlp; 2 with hidden 200 is the FedAvg paper's 2NN")
+    stem: str = option("auto", "resnet18: first layers; auto is 3x3 without a pool for images up to 64 pixels, imagenet 7x7 with stride and pool", "auto", "imagenet")
     # federation
     clients: int = option(100, "number of clients N")
     participation: int = option(10, "clients per round m")
@@ -57,7 +60,7 @@ class Config:
     lr_decay: float = option(1.0, "eta is multiplied by this after every round")
     weight_decay: float = option(0.0, "added to the gradient as weight_decay * w, after clipping")
     clip: float = option(10.0, "largest l2 norm of a gradient step; 0 is off")
-    server_lr: float = option(1.0, "learning rate eta_g of the server; FedAdam needs about 0.1 or less; FedDyn and its crossings do not use it")
+    server_lr: float = option(1.0, "learning rate eta_g of the server; FedDyn and its crossings and FedAdam do not use it")
     average: str = option("uniform", "weights of the clients in the mean", "uniform", "size")
     # uplink
     compress: str = option("qsgd", "compressor of the uplink (compress.py)", *compress.COMPRESSORS)
@@ -73,14 +76,20 @@ class Config:
     # sharpness-aware perturbation
     rho: float = option(0.1, "radius of SAM's ball [ours for FedSynSAM]")
     asam_eta: float = option(0.2, "FedASAM: added to |w|, the axes of the ball; with it rho 0.7 [Caldarola]")
+    gc_code: bool = option(False, "GCSAM: as its released code, norm before centralising and descent not centralised; else as its formulas [paper]")
+    man: float = option(0.0, "zeta of MAN, with any method: the clients' loss gets zeta/2 * mean squared activations; 0 is without [MAN: 0.15 for CIFAR-100]")
     # corrections of client drift (baselines.py)
     prox: float = option(0.1, "FedProx, FedDyn, FedSpeed, FedSMOO, FedLESAM-D: strength lambda of the spring, per unit of w [FL-Simulator]")
     prox_clip: bool = option(True, "clip the spring too [ours]; --no-prox-clip lets lambda * w pass unclipped, like weight decay [FL-Simulator]")
     variate: float = option(1.0, "SCAFFOLD, FedGAMMA, FedLESAM-S: factor of c - c_i [paper; FedLESAM-S's code 0.1]; 0 is without")
     momentum_alpha: float = option(0.1, "FedCM, MoFedSAM: weight of a client's own gradient, above 0; 1 is without momentum [FL-Simulator]")
+    local_adam_lr: float = option(1e-3, "fedavg-adam, dynafed-adam: learning rate of the clients instead of lr; decays with it [DynaFed]")
+    adam_lr: float = option(0.1, "FedAdam: eta_g, its learning rate at the server; a coordinate moves by up to about this in a round [FL-Simulator]")
     adam_b1: float = option(0.9, "FedAdam: decay of the first moment a round, below 1 [FL-Simulator]")
     adam_b2: float = option(0.99, "FedAdam: decay of the second moment a round, below 1 [FL-Simulator]")
     adam_eps: float = option(0.01, "FedAdam: added to the root of the second moment, per unit of w, above 0 [FL-Simulator]")
+    # alignment of gradients (align.py)
+    beta: float = option(0.025, "GradAlign, FedGA: displacement v_i = beta (g_i - g), per unit of gradient; 0 is FedAvg [GradAlign's code for EMNIST]")
     # synthetic data (DynaFed, FedSynSAM)
     warmup: int = option(10, "rounds T_w before the synthesis [ours; DynaFed 24]")
     warmup_method: str = option("fedsam", "FedSynSAM before the synthesis [ours]", "fedsam", "fedavg")
@@ -117,11 +126,13 @@ class Config:
     eval_every: int = option(2, "rounds between evaluations (the last round is always evaluated)")
     last: int = option(5, "the reported accuracy is the mean over this many last evaluations")
     measure_images: int = option(2000, "training images for eigenvalue and alignment")
+    preset: str = option("", "published table whose settings the others started from (presets.py); says which number to print beside ours")
     # machine: these change seconds, not the experiment, and are left out of the settings hash
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
     procs: int = option(0, "processes that share the clients of a round (ranks.py); 0 is 1, or what torchrun started")
     threads: int = option(0, "CPU threads of all processes together, each training one client at a time; 0 is all cores")
     chunk: int = option(0, "clients per vmap call, halved when a GPU's memory is too small; 1 is one after the other; 0 is 1 on a CPU and all on a GPU")
+    compile: bool = option(False, "fuse the operations of a local step by torch.compile: needs a C++ compiler, one client after the other, and half a minute at the start")
     memory_file: bool = option(False, "keep what clients remember in a file of the run's folder, mapped into memory")
     deterministic: bool = option(False, "refuse operations that are not reproducible on a GPU")
     checkpoint_every: int = option(5, "rounds between checkpoints")
@@ -137,14 +148,15 @@ class Config:
         distils = issubclass(baselines.METHODS[self.algo], fl.Distilling)
         for name, low, high in (
                 ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
-                ("hidden", 1, 8192), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
+                ("hidden", 1, 8192), ("depth", 1, 100), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),
                 ("local_steps", 1, 10**5), ("local_epochs", 0, 10**4), ("batch", 1, 10**5), ("weight_decay", 0, None), ("clip", 0, None),
-                ("lr_decay", 0, None), ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
+                ("levels", 1, 2**15 - 1), ("bucket", 0, None), ("nu", 1e-6, 100), ("rho", 0, None), ("warmup", 1, None),
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
-                ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("prox", 0, None),
-                ("variate", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
+                ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("man", 0, None), ("prox", 0, None),
+                ("variate", 0, None), ("beta", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
                 ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("fs_batches", 1, 1000), ("fs_images", 1, 1000), ("fs_steps", 1, 10**5),
-                ("fs_rate_images", 0, None), ("fs_rate_labels", 0, None), ("fs_rate_step", 0, None), ("fs_labels", 0, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
+                ("fs_rate_images", 0, None), ("fs_rate_labels", 0, None), ("fs_rate_step", 0, None), ("fs_labels", 0, None),
+                ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None),
                 ("procs", 0, 1024), ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
             value = getattr(self, name)
             if value < low or high is not None and value > high:
@@ -152,13 +164,15 @@ class Config:
                                  (f"at least {low}" if high is None else f"in {low}..{high}"))
         if distils and self.warmup >= self.rounds:
             raise ValueError(f"warmup = {self.warmup} leaves {self.algo} no round of {self.rounds} after its synthesis; it must be below rounds")
+        if self.compile and self.chunk > 1:
+            raise ValueError(f"compile needs one client after the other; chunk = {self.chunk} must be 1 or 0")
         if self.error_feedback and self.compress == "randk" and self.scaled:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
         if self.error_feedback and self.algo == "fedsynth" and self.fs_objective == "data":
             raise ValueError("error_feedback needs an update whose rest can be fed back, and fs_objective = 'data' has none; use --fs-objective update")
         if self.compress == "dithering" and self.nu >= 1 and (self.error_feedback or not self.randomized):
             raise ValueError(f"nu = {self.nu:g} promises nothing to error_feedback or without randomized; it must be below 1")
-        for name in ("alpha", "lr", "server_lr", "k", "syn_step", "fs_step", "momentum_alpha", "adam_eps"):
+        for name in ("alpha", "lr", "lr_decay", "server_lr", "adam_lr", "local_adam_lr", "k", "syn_step", "fs_step", "momentum_alpha", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
         return self
@@ -177,7 +191,7 @@ class Config:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-MACHINE = ("device", "procs", "threads", "chunk", "memory_file", "deterministic", "checkpoint_every")
+MACHINE = ("preset", "device", "procs", "threads", "chunk", "compile", "memory_file", "deterministic", "checkpoint_every")
 
 
 def closest(word, legal):

@@ -1,22 +1,14 @@
-"""Images and how they are split over clients.
+"""Images: loading them, keeping them on the device, and drawing a client's batches.
 
-A federated data set is two things: the images (kept on the device as uint8, normalised batch by batch, so that all of
-CIFAR-10 costs 150 MB and a client costs nothing), and the split, a list with one tensor of image numbers per client.
-How the labels are spread over the clients is what makes federated learning hard:
-
-    iid               every client is a small copy of the whole
-    dirichlet         client i draws its own class prior p_i ~ Dir(alpha); all clients have the same size  (our default)
-    dirichlet-class   class c is cut over the clients by q_c ~ Dir(alpha); sizes differ, none falls below a minimum
-    shards            every client sees c classes, no others
-
-alpha -> infinity is IID, alpha = 0.1 leaves most clients with two to four classes of any weight. The two Dirichlet splits share the
-letter and not the difficulty: never compare their alphas.
+The images stay on the device as uint8 and are normalised batch by batch, so that all of CIFAR-10 costs 150 MB and a client
+costs nothing: it is a list of image numbers (split.py).
 
 A batch is a tensor `rows` [B, 4] of integers (image number, shift down, shift right, flip); number -1 is padding with
 weight 0. All randomness is in these numbers, drawn beforehand (`draw_batches`), so that training itself is a pure function.
-Read next: models.py.
+Three sets never meet: the clients train on `train`, settings are chosen on `val`, results are reported on `test`.
+
+Sources: McMahan et al. 2017 (batches); He et al. 2016 (shift and flip). Read next: split.py.
 """
-import bisect
 import gzip
 import math
 import pathlib
@@ -32,7 +24,6 @@ DEBIAN_FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")     # from De
 FASHION_CLASSES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
 TORCHVISION = {"fashionmnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
 DATASETS = ["bundled", *TORCHVISION]
-PARTITIONS = ["iid", "dirichlet", "dirichlet-class", "shards"]
 MAX_SHIFT = 4                                                          # pixels: "crop with padding 4"
 
 
@@ -211,94 +202,7 @@ def balanced(y, n, rng):
     return np.sort(order[np.argsort(rank[order], kind="stable")][:n])
 
 
-# ------------------------------------------------------------------------------------------------------ splitting
-def partition(y, n_clients, how="dirichlet", alpha=0.1, classes_per_client=2, min_size=10, seed=0):
-    """Split the images over the clients: y [n] labels -> list of n_clients tensors of image numbers, without repeats.
-
-    Raises ValueError for alpha <= 0, an unknown `how`, more clients than images, or an impossible minimum.
-    Source: Hsu et al. 2019 (dirichlet), Li et al. 2022 (dirichlet-class), McMahan et al. 2017 (shards).
-    """
-    y, rng = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y), np.random.default_rng(seed)
-    if not 1 <= n_clients <= len(y):
-        raise ValueError(f"{n_clients} clients cannot share {len(y)} training images; clients must be in 1..{len(y)}")
-    if how not in PARTITIONS:
-        raise ValueError(f"unknown partition {how!r}; choose from {', '.join(PARTITIONS)}")
-    if how.startswith("dirichlet") and not alpha > 0:
-        raise ValueError(f"alpha = {alpha} is no Dirichlet parameter; it must be above 0")
-    pools = [rng.permutation(np.flatnonzero(y == c)) for c in range(y.max() + 1)]
-    if how == "iid":
-        parts = np.array_split(rng.permutation(len(y)), n_clients)
-    elif how == "dirichlet":
-        parts = dirichlet_per_client(pools, n_clients, alpha, rng)
-    elif how == "dirichlet-class":
-        parts = dirichlet_per_class(pools, n_clients, alpha, min_size, rng)
-    else:
-        parts = shards(pools, n_clients, classes_per_client, rng)
-    if min(map(len, parts)) == 0:
-        raise ValueError(f"partition {how!r} leaves a client without images; take fewer clients than {n_clients}")
-    return [torch.from_numpy(np.sort(p)) for p in parts]
-
-
-def dirichlet_per_client(pools, n_clients, alpha, rng):
-    """Client i: class prior p_i ~ Dir(alpha); clients take turns to draw one image each, n // n_clients times.
-
-    pools: one array [n_c] of image numbers per class -> list of arrays [n // n_clients].  A class that has run out leaves every
-    prior (no image is used twice; that all clients run into this equally often is why they take turns).
-    Source: Hsu et al. 2019; drawing without replacement is this project's choice.
-    """
-    left = [len(p) for p in pools]
-    prior = rng.dirichlet([alpha] * len(pools), n_clients) + 1e-12      # the constant keeps every class possible
-    cuts, last, parts = np.cumsum(prior, 1).tolist(), len(pools) - 1, [[] for _ in range(n_clients)]
-    for _ in range(sum(left) // n_clients):
-        for i, r in zip(rng.permutation(n_clients).tolist(), rng.random(n_clients).tolist()):
-            c = min(bisect.bisect_right(cuts[i], r * cuts[i][-1]), last)        # rounding may carry r times the sum up to the sum
-            left[c] -= 1
-            parts[i].append(pools[c][left[c]])
-            if left[c] == 0:                                            # nobody can draw this class any more
-                prior[:, c] = 0
-                cuts, last = np.cumsum(prior, 1).tolist(), max((k for k in range(len(left)) if left[k]), default=0)
-    return [np.array(p) for p in parts]
-
-
-def dirichlet_per_class(pools, n_clients, alpha, min_size, rng):
-    """Class c is cut over the clients by q_c ~ Dir(alpha); then the largest clients feed those below min_size.
-
-    pools: one array [n_c] of image numbers per class -> list of arrays of unequal length >= min_size.
-    Source: Li et al. 2022 (NIID-Bench); they redraw until the minimum holds, which may never happen, so we refill.
-    """
-    n = sum(map(len, pools))
-    if min_size * n_clients > n:
-        raise ValueError(f"min_size = {min_size} images for each of {n_clients} clients are more than the {n} there are")
-    parts = [[] for _ in range(n_clients)]
-    for pool in pools:
-        cuts = (np.cumsum(rng.dirichlet([alpha] * n_clients))[:-1] * len(pool)).astype(int)
-        for part, piece in zip(parts, np.split(pool, cuts)):
-            part.extend(piece)
-    while min(map(len, parts)) < min_size:
-        rich, poor = max(parts, key=len), min(parts, key=len)
-        poor.append(rich.pop(rng.integers(len(rich))))
-    return [np.array(p) for p in parts]
-
-
-def shards(pools, n_clients, c, rng):
-    """Every client holds c classes (fewer if its draw repeats one), and every class is shared out equally.
-
-    pools: one array [n_c] of image numbers per class -> list of arrays.  Raises ValueError unless 1 <= c <= number of classes
-    and the clients together hold every class.  Source: McMahan et al. 2017, section 3 (shards cut at class borders: ours).
-    """
-    C = len(pools)
-    if not 1 <= c <= C or c * n_clients < C:
-        raise ValueError(f"classes_per_client = {c} with {n_clients} clients cannot cover {C} classes; it must be in "
-                         f"{max(1, -(-C // n_clients))}..{C}")
-    deal = np.concatenate([rng.permutation(C) for _ in range(-(-c * n_clients // C))])[:c * n_clients].reshape(n_clients, c)
-    parts = [[] for _ in range(n_clients)]
-    for k, pool in enumerate(pools):
-        holders = [i for i in range(n_clients) if k in deal[i]]
-        for i, piece in zip(holders, np.array_split(pool, len(holders))):
-            parts[i].extend(piece)
-    return [np.array(p) for p in parts]
-
-
+# ------------------------------------------------------------------------------------------------------- batches
 def draw_batches(mine, batch_size, steps, epochs, generator, augment=False):
     """One client's batches of one round: mine [n] image numbers -> rows [K, B, 4] (image, down, right, flip).
 

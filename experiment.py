@@ -30,9 +30,12 @@ import data
 import fl
 import loop
 import models
+import presets
 import ranks
 import sharpness
+import split
 import synth
+import tasks
 from config import Config
 from tools import plot
 
@@ -77,10 +80,11 @@ def compose(cfg):
         torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False                                # a GPU's convolutions in true float32, as on a CPU
     images = data.load(cfg.dataset, cfg.val, device)
-    model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device)
-    parts = data.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
-    task = loop.Task(model, images.train, parts, cfg)
-    chunk = cfg.chunk or (1 if device.type == "cpu" else cfg.participation)
+    model = models.build(cfg.model, images.train.x.shape[1:], len(images.train.classes), cfg.width, cfg.hidden, cfg.seed, device,
+                         depth=cfg.depth, stem=cfg.stem)
+    parts = split.partition(images.train.y, cfg.clients, cfg.partition, cfg.alpha, cfg.classes_per_client, cfg.min_size, cfg.seed)
+    task = tasks.Task(model, images.train, parts, cfg)
+    chunk = cfg.chunk or (1 if device.type == "cpu" or cfg.compile else cfg.participation)
     workers = threads if device.type == "cpu" else 1
     return images, loop.Federation(baselines.METHODS[cfg.algo](task, cfg), config.compressor(cfg, len(model.w0)), workers, chunk)
 
@@ -156,7 +160,7 @@ def runs_beside(folder):
 
 def save(folder, fed, seconds, log_length):
     """Write checkpoint.pt in one piece: w [d], the method's and the clients' memory, counters, the log's length."""
-    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg")}
+    method = {k: v for k, v in vars(fed.method).items() if k not in ("task", "cfg", "functional")}
     state = {"settings": fed.cfg.hash(), "t": fed.t, "w": fed.w, "move": fed.move, "up": fed.up, "down": fed.down, "method": method,
              "table": fed.memory.table, "slot": fed.memory.slot, "holders": sorted(fed.holders), "parcel": fed.parcel, "seconds": seconds, "log": log_length}
     with open(folder / "checkpoint.tmp", "wb") as f:
@@ -206,7 +210,7 @@ def execute(folder, cfg, label="", made=None):
     with log, tqdm(total=cfg.rounds, initial=fed.t, desc=label or cfg.algo, disable=None if first else True) as bar:
         while fed.t < cfg.rounds:
             synthesised = fed.round(progress=first)
-            line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down}
+            line = {"round": fed.t, "lr": fed.lr(fed.t - 1), "move": float(fed.move.norm()), "up": fed.up, "down": fed.down, **fed.report}
             if fed.t % cfg.eval_every == 0 or fed.t == cfg.rounds:
                 line |= evaluated(fed, images, rows)
                 bar.set_postfix(loss=f"{line['train_loss']:.3f}", acc=f"{line['test_acc']:.3f}", MB=f"{(fed.up + fed.down) / 1e6:.1f}")
@@ -274,7 +278,7 @@ def evaluated(fed, images, rows):
     sample = images.train._replace(x=images.train.x[rows], y=images.train.y[rows])
     out = {}
     for name, part in (("train", sample), ("val", images.val), ("test", images.test)):
-        out[f"{name}_loss"], out[f"{name}_acc"] = loop.evaluate(fed.task.apply, fed.w, part, each=fed.pool.map)
+        out[f"{name}_loss"], out[f"{name}_acc"] = tasks.evaluate(fed.task.apply, fed.w, part, each=fed.pool.map)
     if not math.isfinite(out["train_loss"]):
         raise loop.Diverged(f"round {fed.t}, server: the training loss is {out['train_loss']}. Likely cause: lr = {fed.cfg.lr:g} is too large")
     return out
@@ -292,14 +296,14 @@ def measured(folder, fed, rows, seconds):
     mix = cfg.mix if 0 < cfg.mix < 1 else 0.5             # at 0 and 1 the mixture is one of its ingredients: show the middle
     align = sharpness.alignment(fed, rows, mix)
     matching = getattr(fed.method, "matching", [])[-20:]
-    return {"algo": cfg.algo, "seed": cfg.seed, "settings": cfg.hash(), "d": len(fed.w),
+    return {"algo": cfg.algo, "seed": cfg.seed, "preset": cfg.preset, "published": presets.published(cfg), "settings": cfg.hash(), "d": len(fed.w),
             "test_acc": mean("test_acc"), "val_acc": mean("val_acc"), "train_loss": mean("train_loss"), "test_loss": mean("test_loss"),
             "averaged": [x["round"] for x in lines],
             "eigenvalue": sharpness.top_eigenvalue(fed.task.apply, fed.w, fed.task.train, rows, each=fed.pool.map),
             "alignment": {k: None if math.isnan(v) else v for k, v in align._asdict().items()},
             "mixed_at": mix, "measured_on": len(rows), "matching_loss": statistics.fmean(matching) if matching else None,
-            "up": fed.up, "down": fed.down, "seconds": seconds,
-            "ratio": 4 * len(fed.w) * fed.method.uplinks * cfg.participation * cfg.rounds / fed.up}
+            **{name: mean(name) for name in fed.method.reports}, "up": fed.up, "down": fed.down, "seconds": seconds,
+            "ratio": 4 * len(fed.w) * (fed.method.uplinks + fed.method.surveys) * cfg.participation * cfg.rounds / fed.up}
 
 
 def described(cfg):

@@ -9,6 +9,7 @@ ball; `delta` is always a descent displacement (w_after - w_before), a gradient 
 A method answers six questions, and a new method overrides only the answers that differ from its parent's:
 
     broadcast   what is sent down besides w?                              (`receive`: what a client makes of it)
+    start       where does a client begin to walk?                        (at the w it received)
     direction   which way is uphill, before the gradient is read there?   (None: read it at w)
     gradient    what corrects the gradient?
     finish      what does a client send up, and what does it remember?    (`remember`: once it knows what the server decoded)
@@ -48,9 +49,10 @@ def generator(seed, *what, device="cpu"):
 
 
 class Client(NamedTuple):
-    """What one client holds during a round: start [d] = w^t as received, memory [p, d] its own rows.  Source: ours."""
+    """What one client holds during a round: start [d] = w^t as received, memory [p, d] its own rows, said [s, d]: see `survey`.  Source: ours."""
     start: torch.Tensor
     memory: torch.Tensor
+    said: torch.Tensor = None
 
 
 # ------------------------------------------------------------------------------------------------------ the methods
@@ -60,19 +62,21 @@ class FedAvg:
     w [d]; 1 gradient a step; d floats up and down; no state.  Source: McMahan et al. 2017, Algorithm 1.
     """
     memory = 0                                  # vectors [d] that a client keeps between its rounds
-    uplinks = 1                                 # vectors [d] that a client sends in a round
+    uplinks = 1                                 # vectors [d] that a client sends in a round, after its steps
+    surveys = 0                                 # vectors [d] that a client sends in a round, before its steps (align.py)
     gradients = 1                               # gradients that a client computes in a local step, for `run.py --list`
-    vmapped = False                             # True while clients are trained under torch.func.vmap
+    reports = ()                                # names of the numbers that `report` says
+    functional = False                          # True where torch.func must take the gradients: under vmap and torch.compile
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg         # whatever else a method puts on itself is saved in checkpoints
 
     def grad_of(self, loss, w):
-        """The gradient of a scalar function loss(w) at w [d] -> [d]; outside vmap plain autograd, 1.5x faster on threads.
+        """The gradient of a scalar function loss(w) at w [d] -> [d]; plain autograd, 1.5x faster on threads, where it may be.
 
         Source: definition.
         """
-        if self.vmapped:
+        if self.functional:
             return torch.func.grad(loss)(w)
         w = w.detach().requires_grad_()
         return torch.autograd.grad(loss(w), w)[0]
@@ -102,6 +106,16 @@ class FedAvg:
         """The rows [p, d] of a client that was never active before, given w [d].  Source: ours."""
         return w.new_zeros(self.memory, len(w))
 
+    def survey(self, w, everything):
+        """What a client sends before it trains, given w [d] and all its images in batches [n, B, 4] -> [surveys, d].  Source: ours."""
+
+    def hear(self, mean):
+        """What a client makes of the mean [surveys, d] of all active clients' answers, as it came down the wire.  Source: ours."""
+
+    def start(self, w, me):
+        """Where a client begins, given w [d] as received -> [d].  Source: ours."""
+        return w
+
     def direction(self, w, rows, me):
         """Which way is uphill at w [d]? -> [d], or None to stay at w.  Source: ours."""
         return None
@@ -110,14 +124,18 @@ class FedAvg:
         """G: the gradient at the rim of SAM's ball (at w if uphill [d] is None) -> [d].  Source: Foret et al. 2021, eq. (3)."""
         return sam.sam_gradient(lambda v: self.grad(v, rows), w, uphill, self.cfg.rho)
 
-    def step(self, w, rows, me, lr, uphill):
-        """One local step, in this order: clip G, add weight decay, move.  w [d] -> (w [d], me).  Source: FL-Simulator's code."""
+    def slope(self, w, rows, me, uphill):
+        """What the client's optimizer gets at w [d]: G, clipped, and only then weight decay added -> [d].  Source: FL-Simulator's code."""
         g = self.gradient(w, rows, me, uphill)
         if self.cfg.clip:
             g = g * (self.cfg.clip / g.norm().clamp_min(self.cfg.clip))
         if self.cfg.weight_decay:
             g = g + self.cfg.weight_decay * w
-        return w - lr * g, me
+        return g
+
+    def step(self, w, rows, me, lr, uphill):
+        """One local step: w [d] -> (w [d], me).  A padded step has lr = 0 and must change nothing.  Source: McMahan et al. 2017."""
+        return w - lr * self.slope(w, rows, me, uphill), me
 
     def finish(self, w, me, steps, lr):
         """After K steps: w [d] -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: ours."""
@@ -144,6 +162,10 @@ class FedAvg:
         Source: McMahan et al. 2017.
         """
         return w + self.cfg.server_lr * mean[0]
+
+    def report(self, said, kept, weights):
+        """Numbers for the log, one for each of `reports`, from decoded answers said [m, s, d], memory kept [m, p, d], weights [m].  Source: ours."""
+        return []
 
 
 class FedSAM(FedAvg):

@@ -1,6 +1,6 @@
 """The federated loop: one round, from the server through the wire to the clients and back.
 
-    server  chooses m of N clients, sends w [d] (+ what the method adds)
+    server  chooses m of N clients, sends w [d] (+ what the method adds; some first ask for something: `survey`, align.py)
     client  K local steps  w <- w - eta G(w, batch)           G is the method (fl.py)
             sends a BUFFER: encode(w_K - w_0)                 cost = len(buffer), nothing else is counted
     server  decodes the buffers, averages them, moves w
@@ -13,100 +13,38 @@ workers, draws the same numbers.
 
 Sources: McMahan et al. 2017, Algorithm 1; error feedback, Karimireddy et al. 2019. Read next: ranks.py.
 """
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn import functional as F
 
 import compress
-import data
 import ranks
 from fl import Client, generator
+from memory import Memory
 
 
 class Diverged(ArithmeticError):
     """A client's or the server's numbers stopped being finite; the message says where and why.  Source: ours."""
 
 
-class Task:
-    """What is learnt and where it lies: a loss of (w, batch), and N clients that can draw batches.
-
-    w0 [d] initial weights, weights [d] (is this coordinate one of a weight, or of a bias?), apply(w [d], x) scores, train:
-    Images, parts: N tensors of image numbers.  A task of another kind (the quadratics of test_all.py) needs w0, weights,
-    sizes, loss, plan and steps_of.  Source: ours.
-    """
-
-    def __init__(self, model, train, parts, cfg):
-        self.weights = model.weights
-        self.w0, self.apply, self.train, self.parts, self.cfg = model.w0, model.apply, train, parts, cfg
-        self.sizes = [len(p) for p in parts]
-
-    def loss(self, w, rows):
-        """Mean cross-entropy at w [d] of the batch rows [B, 4]; padded rows weigh nothing -> [].  Source: definition."""
-        x, y, weight = self.train.batch(rows, self.cfg.augment)
-        return (F.cross_entropy(self.apply(w, x), y, reduction="none") * weight).sum()
-
-    def plan(self, client, g):
-        """All batches of one client's round: -> rows [K, B, 4].  Source: data.draw_batches."""
-        c = self.cfg
-        return data.draw_batches(self.parts[client], c.batch, c.local_steps, c.local_epochs, g, c.augment).to(self.train.y.device)
-
-    def steps_of(self, client):
-        """K_i, the length of a client's plan, known without drawing it -> number [].  Source: data.draw_batches."""
-        return self.cfg.local_epochs * -(-self.sizes[client] // self.cfg.batch) or self.cfg.local_steps
+def local_step(method, w, rows, me, lr):
+    """One step of one client from w [d] on the batch `rows` -> (w [d], me).  Source: fl.py, FedAvg.step."""
+    return method.step(w, rows, me, lr, method.direction(w, rows, me))
 
 
-def local_training(method, w, memory, plan, lr):
+def local_training(method, w, memory, plan, lr, said=None, step=local_step):
     """One client's round, the pure function that is vmapped: K steps from w [d] with its memory [p, d] and plan [K, B, ...].
 
-    A step whose batch is all padding changes nothing: clients with fewer steps wait for the others of their chunk.
+    said [s, d]: its answer to the method's survey.  A step whose batch is all padding changes nothing: clients with fewer steps
+    wait for the others of their chunk.
     -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: McMahan et al. 2017, Algorithm 1, ClientUpdate.
     """
-    me, alive = Client(w, memory), (plan[..., 0] >= 0).any(1).to(w.dtype)
+    me, alive = Client(w, memory, said), (plan[..., 0] >= 0).any(1).to(w.dtype)
+    w = method.start(w, me)
     for k in range(len(plan)):
-        uphill = method.direction(w, plan[k], me)
-        w, me = method.step(w, plan[k], me, lr * alive[k], uphill)
+        w, me = step(method, w, plan[k], me, lr * alive[k])
     return method.finish(w, me, alive.sum(), lr)
-
-
-class Memory:
-    """Rows [p, d] for every client that was ever active, in one tensor [clients seen, p, d] that grows by doubling.
-
-    With a `file` the tensor is that file, mapped into memory: the system keeps in RAM what it has room for.  Source: ours.
-    """
-
-    def __init__(self, rows, like, file=None):
-        self.table, self.slot, self.file, self.device = like.new_zeros(0, rows, len(like)), {}, file, like.device
-
-    def read(self, clients, default):
-        """-> [m, p, d]; a client never seen has `default` [p, d].  Source: ours."""
-        return torch.stack([self.table[self.slot[i]].to(self.device) if i in self.slot else default for i in clients])
-
-    def write(self, clients, rows):
-        """Keep rows [m, p, d].  Source: ours."""
-        for i in clients:
-            self.slot.setdefault(i, len(self.slot))
-        if len(self.slot) > len(self.table):
-            self.grow(len(self.slot) if self.file else max(len(self.slot), 2 * len(self.table)))
-        self.table[[self.slot[i] for i in clients]] = rows.to(self.table.device)        # a file is the CPU's, also beside a GPU
-
-    def restore(self, table, slot):
-        """Take over saved rows: table [n, p, d].  Source: ours."""
-        self.slot = slot
-        if self.file is None:
-            self.table = table
-        else:
-            self.grow(len(table))
-            self.table.copy_(table)
-
-    def grow(self, n):
-        """Make room for n clients: table [n, p, d]. A file grows in place, without a copy.  Source: ours."""
-        shape = (n, *self.table.shape[1:])
-        if self.file is None:
-            self.table = torch.cat([self.table, self.table.new_zeros(n - len(self.table), *shape[1:])])
-        else:
-            self.table = torch.from_file(str(self.file), True, math.prod(shape), dtype=self.table.dtype).view(shape)
 
 
 class Federation:
@@ -125,6 +63,10 @@ class Federation:
         self.residuals = self.method.uplinks if cfg.error_feedback else 0
         self.memory = Memory(self.method.memory + self.residuals, task.w0)
         self.holders, self.parcel = set(), 0                         # clients that have the method's parcel; its bytes
+        self.report = {}                                             # what the method says of the last round, for the log
+        self.step = torch.compile(local_step, dynamic=False) if cfg.compile else local_step
+        if cfg.compile:                                              # else it stays the class's: no state of the method
+            self.method.functional = True
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def clients(self, t):
@@ -152,7 +94,8 @@ class Federation:
         """
         t, clients = self.t, self.clients(self.t)
         synthesised = self.begin(t, progress)
-        mean, steps = self.clients_part(self.send_down(clients), clients, t)
+        w, mine = self.send_down(clients), ranks.share([self.task.steps_of(i) for i in clients])
+        mean, steps = self.clients_part(w, self.survey(w, clients, mine, t), clients, mine, t)
         self.advance(mean, steps)
         return synthesised
 
@@ -182,16 +125,56 @@ class Federation:
         self.holders |= set(clients)
         return w
 
-    def clients_part(self, w, clients, t):
+    def weights(self, clients):
+        """What each of the clients counts in a mean -> [m], sum 1.  Source: McMahan et al. 2017 (size)."""
+        size = torch.tensor([self.task.sizes[i] if self.cfg.average == "size" else 1 for i in clients], dtype=torch.float64)
+        return size / size.sum()
+
+    def survey(self, w, clients, mine, t):
+        """The method's exchange before training, if it has one: answers at w [d] go up, their mean comes down, bytes are counted.
+
+        mine: places of this rank's clients -> what all said, as the server decoded it [m, surveys, d].
+        Source: the extra exchange of Dandi et al. 2022's released code.
+        """
+        said = w.new_zeros(len(clients), self.method.surveys, len(w))
+        if self.method.surveys == 0:
+            return said
+
+        def work():
+            answers = list(self.answers(w, [clients[c] for c in mine], t))
+            for c, (x_hat, _) in zip(mine, answers):
+                said[c] = x_hat
+            return sum(size for _, size in answers)
+        self.up += sum(ranks.gathered(work))
+        said = ranks.total(said)
+        self.down += self.announce(said, clients) * len(clients)
+        return said
+
+    def answers(self, w, clients, t):
+        """What clients say to the survey at w [d], through the wire; yields (decoded [surveys, d], bytes) for each.  Source: ours.
+
+        Without error feedback: that makes a SUM of messages right in the end, but an answer is used once, and alone.
+        """
+        rows = [self.task.everything(i) for i in clients]
+        yield from self.each(lambda _, images: (self.method.survey(w, images),), w.new_zeros(len(clients), 0, len(w)), rows,
+                             lambda n, said: self.encoded("survey", clients[n], t, self.compressor, said)[::2])
+
+    def announce(self, said, clients):
+        """All active clients hear the mean of what was said [m, surveys, d] -> bytes to each.  Source: ours."""
+        mean = sum(p * x.double() for p, x in zip(self.weights(clients).tolist(), said))
+        heard, size = self.through_wire(mean.to(said.dtype))
+        self.method.hear(torch.stack(heard))
+        return size
+
+    def clients_part(self, w, said, clients, mine, t):
         """All m clients of round t train from w [d] and send; the server averages -> (mean decoded [uplinks, d], mean number of steps).
 
-        Every rank does its share of the clients, one after the other or in chunks, and holds one decoded update at a time.
-        Source: McMahan et al. 2017, Algorithm 1.
+        said [m, surveys, d]: their answers to the survey.  Every rank does its share of the clients (places `mine`), one after the
+        other or in chunks, and holds one decoded update at a time.  Source: McMahan et al. 2017, Algorithm 1.
         """
         memory = self.recall(clients, w)
         memory = ranks.from_server(memory) if memory.numel() else memory
-        mine = ranks.share([self.task.steps_of(i) for i in clients])
-        size = torch.tensor([self.task.sizes[i] if self.cfg.average == "size" else 1 for i in clients], dtype=torch.float64)
+        weights = self.weights(clients)
         # summed in float64: rounded to float32 afterwards, the mean is the same for any order of clients and number of ranks
         mean, kept = w.new_zeros(self.method.uplinks, len(w), dtype=torch.float64), torch.zeros_like(memory)
 
@@ -199,9 +182,9 @@ class Federation:
             up, own = 0, [clients[c] for c in mine]
             plans = self.plans(own, t)
             send = lambda n, *trained: self.uplink(own[n], t, memory[mine[n]], self.method.codec(self.compressor, w, plans[n]), *trained)   # noqa: E731
-            replies = self.each_client(w, memory[mine], plans, t, send)
+            replies = self.each_client(w, memory[mine], plans, t, send, said[mine])
             for c, (x_hat, rows, bytes_up) in zip(mine, replies):
-                mean.add_(x_hat, alpha=float(size[c] / size.sum()))
+                mean.add_(x_hat, alpha=float(weights[c]))
                 kept[c] = rows
                 up += bytes_up
             return up
@@ -210,53 +193,69 @@ class Federation:
             kept = ranks.total(kept)
             if ranks.rank() == 0:
                 self.memory.write(clients, kept)
-        steps = float(sum(n * self.task.steps_of(i) for n, i in zip(size, clients)) / size.sum())
+        steps = float(sum(p * self.task.steps_of(i) for p, i in zip(weights, clients)))
+        self.report = dict(zip(self.method.reports, self.method.report(said, kept[:, :self.method.memory], weights.to(w))))
         return ranks.total(mean).to(w.dtype), steps
 
-    def each_client(self, w, memory, plans, t, then):
-        """Local training of clients with memory [m, p, d] and plans (m tensors [K_i, B, ...]) from w [d], and what comes `then`.
+    def each_client(self, w, memory, plans, t, then, said=None):
+        """Local training of clients with memory [m, p, d], plans (m tensors [K_i, B, ...]) and answers said [m, surveys, d] from w [d].
 
-        One client after the other on `workers` threads (chunk = 1), or `chunk` clients at a time under vmap; yields
-        then(place, sent [uplinks, d], kept [p, d]) in order. If a GPU's memory is too small for a chunk, the chunk is halved.
-        Source: ours.
+        Yields then(place, sent [uplinks, d], kept [p, d]) in order.  Source: ours.
         """
-        own, lr, done = memory[:, :self.method.memory], self.lr(t), 0
+        p, lr = self.method.memory, self.lr(t)
+        rows = torch.cat([memory[:, :p], said], 1) if self.method.surveys else memory[:, :p]
+        return self.each(lambda own, plan: local_training(self.method, w, own[:p], plan, lr, own[p:], self.step), rows, plans, then)
+
+    def each(self, job, rows, plans, then):
+        """job(rows [p, d], plan [K_i, B, ...]) -> tensors, for every client of rows [m, p, d] and plans; yields then(place, *tensors) in order.
+
+        One client after the other on `workers` threads (chunk = 1), or `chunk` clients at a time under vmap. If a GPU's memory is
+        too small for a chunk, the chunk is halved.  Source: ours.
+        """
+        done = 0
         if self.chunk == 1:
-            yield from self.pool.map(lambda c: then(c, *local_training(self.method, w, own[c], plans[c], lr)), range(len(plans)))
+            yield from self.pool.map(lambda c: then(c, *job(rows[c], plans[c])), range(len(plans)))
             return
         while done < len(plans):
             try:
-                sent, kept = self.at_once(w, own[done:done + self.chunk], plans[done:done + self.chunk], lr)
+                results = self.at_once(job, rows[done:done + self.chunk], plans[done:done + self.chunk])
             except torch.OutOfMemoryError:
                 if self.chunk == 1:
                     raise
                 self.chunk //= 2
                 torch.cuda.empty_cache()
                 continue
-            yield from self.pool.map(then, range(done, done + len(sent)), sent, kept)
-            done += len(sent)
+            yield from self.pool.map(then, range(done, done + len(results[0])), *results)
+            done += len(results[0])
 
-    def at_once(self, w, memory, plans, lr):
-        """`local_training` of some clients under vmap, from w [d]: -> (sent [m, uplinks, d], kept [m, p, d]).  Source: torch.func."""
+    def at_once(self, job, rows, plans):
+        """`job` of some clients under vmap, with rows [m, p, d] and plans padded to the longest: -> tensors [m, ...].  Source: torch.func."""
         K = max(map(len, plans))
         padded = torch.stack([F.pad(p, (0, 0) * (p.dim() - 1) + (0, K - len(p)), value=-1) for p in plans])
-        self.method.vmapped = True
+        self.method.functional = True
         try:
-            return torch.func.vmap(lambda m, p: local_training(self.method, w, m, p, lr))(memory, padded)
+            return torch.func.vmap(job)(rows, padded)
         finally:
-            self.method.vmapped = False
+            self.method.functional = False
 
     def uplink(self, client, t, memory, codec, sent, kept):
         """A client's vectors through the wire, in round t: its rows before [p + residuals, d], sent [uplinks, d], kept [p, d].
 
-        codec: encodes and decodes.  -> (decoded [uplinks, d], its rows after, bytes). Raises Diverged if a number is not
-        finite.  Source: ours.
+        codec: encodes and decodes.  -> (decoded [uplinks, d], its rows after, bytes). Raises Diverged.  Source: ours.
+        """
+        decoded, residuals, size = self.encoded("compressor", client, t, codec, sent, memory[self.method.memory:])
+        return decoded, torch.cat([self.method.remember(kept, decoded), *(e[None] for e in residuals)]), size
+
+    def encoded(self, stream, client, t, codec, sent, residuals=()):
+        """Vectors [n, d] of a client through its codec; residuals [n, d]: what error feedback adds, or nothing.
+
+        stream: name of the random numbers.  -> (decoded [n, d], residuals after, bytes). Raises Diverged.  Source: ours.
         """
         if not sent.isfinite().all():
-            raise Diverged(f"round {t + 1}, client {client}: the update is not finite. Likely cause: {self.likely_cause()}")
-        decoded, residuals, size = [], list(memory[self.method.memory:]), 0
+            raise Diverged(f"round {t + 1}, client {client}: what it sends is not finite. Likely cause: {self.likely_cause()}")
+        decoded, residuals, size = [], list(residuals), 0
         for j, x in enumerate(sent):
-            g = generator(self.cfg.seed, "compressor", t, client, j, device=x.device)
+            g = generator(self.cfg.seed, stream, t, client, j, device=x.device)
             try:
                 if residuals:
                     buffer, residuals[j] = compress.with_feedback(codec, x, residuals[j], g)
@@ -266,8 +265,7 @@ class Federation:
                 raise Diverged(f"round {t + 1}, client {client}: {error}") from None
             decoded.append(codec.decode(buffer, len(x)).to(x.dtype))
             size += len(buffer)
-        decoded = torch.stack(decoded)
-        return decoded, torch.cat([self.method.remember(kept, decoded), *(e[None] for e in residuals)]), size
+        return torch.stack(decoded), residuals, size
 
     def advance(self, mean, steps):
         """The server moves: w^{t+1} [d] from mean [uplinks, d] of `steps` steps, the same on every rank.  Source: McMahan et al. 2017."""
@@ -297,18 +295,3 @@ class Federation:
         if largest > 1e4:
             return f"the server sent a model with entries up to {largest:.0e}, so server_lr = {self.cfg.server_lr:g} is too large"
         return f"lr = {self.lr(self.t):g} is too large for this model and batch" + ("" if self.cfg.clip else ", and clip = 0 lets gradients grow")
-
-
-def evaluate(apply, w, images, chunk=500, each=map):
-    """Mean cross-entropy and accuracy of w [d] on all images -> (loss, accuracy in 0..1).
-
-    Chunks of images are dealt out to the ranks; each: `map`, or that of a thread pool.  Source: definition.
-    """
-    def part(rows):
-        with torch.no_grad():
-            x, y, _ = next(images.chunks(chunk, rows))
-            scores = apply(w, x)
-            return torch.stack([F.cross_entropy(scores, y, reduction="sum").double(), (scores.argmax(1) == y).sum()])
-    places = torch.arange(len(images.y), device=images.y.device).split(chunk)[ranks.rank()::ranks.size()]
-    loss, right = ranks.total(sum(each(part, places), torch.zeros(2, dtype=torch.float64, device=w.device))).tolist()
-    return loss / len(images.y), right / len(images.y)

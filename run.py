@@ -5,6 +5,7 @@
     python run.py --algo fedavg fedsynsam --seeds 3     a comparison: one table with mean and standard deviation
     python run.py --resume runs/NAME                    continue a run that was cut off, to bit-identical weights (CPU)
     python run.py --procs 4 ...                         four processes share every round (ranks.py); torchrun does it too
+    python run.py --preset fedwmsam-fmnist --algo ...   the settings of a published table, its numbers beside ours (presets.py)
     python run.py --list                                every method: parent, gradients, bytes both ways, state, source
     python run.py --explain fedsynsam                   what a method changes against its parent, from the source itself
     python run.py --quick ...                           the same job at a tenth of the size
@@ -39,6 +40,7 @@ import experiment
 import fl
 import loop
 import models
+import presets
 import ranks
 from config import Config
 from tools import plot
@@ -55,6 +57,10 @@ def card(folder, r):
             ("sent up", f"{r['up'] / 1e6:.2f} MB, {r['ratio']:.1f} times less than uncompressed"),
             ("sent down", f"{r['down'] / 1e6:.2f} MB"),
             ("seconds", f"{r['seconds']:.0f}"), ("settings", f"{r['settings']} (d = {r['d']:,}, seed {r['seed']})"), ("folder", str(folder))]
+    if "gradient_variance" in r:
+        rows.insert(4, ("variance", f"{r['gradient_variance']:.3g}   (of the clients' gradients as the server saw them, halved; mean of the same rounds)"))
+    if r["published"] is not None:
+        rows.insert(1, ("published", f"{r['published']:.2f} % test ({presets.PRESETS[r['preset']].source.split(',')[0]})"))
     if r["matching_loss"] is not None:
         rows.insert(4, ("matching loss", f"{r['matching_loss']:.3f}   (1: the synthetic images teach nothing, 0: they retrace the trajectory)"))
     return "\n".join([f"--- {r['algo']} " + "-" * 60, *(f"{k:>15}  {v}" for k, v in rows)])
@@ -68,12 +74,13 @@ def table(results):
         if not values:
             return "-"
         return format(statistics.fmean(values), form) + (f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else "")
-    out = ["| method | test accuracy % | test loss | validation accuracy % | top eigenvalue | cosine: own | last move | synthetic | MB up | MB down | seconds | runs |",
-           "| --- " * 12 + "|"]
+    numbers = any(r["published"] for r in results)
+    out = ["| method | test accuracy % | " + "published % | " * numbers + "test loss | validation accuracy % | top eigenvalue | cosine: own | last move | synthetic | MB up | MB down | seconds | runs |",
+           "| --- " * (12 + numbers) + "|"]
     for algo in dict.fromkeys(r["algo"] for r in results):
         mine = [r for r in results if r["algo"] == algo]
         column = lambda f: [f(r) for r in mine]                                                            # noqa: E731
-        cells = [spread(column(lambda r: 100 * r["test_acc"]), ".2f"), spread(column(lambda r: r["test_loss"]), ".3f"),
+        cells = [spread(column(lambda r: 100 * r["test_acc"]), ".2f"), *[f"{mine[0]['published'] or '-'}"] * numbers, spread(column(lambda r: r["test_loss"]), ".3f"),
                  spread(column(lambda r: 100 * r["val_acc"]), ".2f"),
                  spread(column(lambda r: r["eigenvalue"]), ".1f"),
                  *(spread(column(lambda r: r["alignment"][k]), ".2f") for k in ("own", "last_move", "synthetic")),
@@ -148,7 +155,7 @@ def listing(cfg=Config()):
 
     Bytes are those of one client in one round: lengths of buffers encoded here, for the network and the compressor of cfg.
     """
-    w = models.build(cfg.model, (1, 28, 28), 10, cfg.width, cfg.hidden).w0
+    w = models.build(cfg.model, (1, 28, 28), 10, cfg.width, cfg.hidden, depth=cfg.depth, stem=cfg.stem).w0
     task = types.SimpleNamespace(w0=w, apply=None, train=types.SimpleNamespace(x=torch.zeros(0, 1, 28, 28), classes=range(10)))
     one_up, wire, synthetic = len(config.compressor(cfg, len(w)).encode(w)), compress.Identity(), fl.FedSynth(task, cfg).codec(None, w).size
     times = lambda n: "-" if n == 0 else "d" if n == 1 else f"{n} d"                                # noqa: E731
@@ -158,13 +165,14 @@ def listing(cfg=Config()):
         down = method.broadcast(w)
         kept = [k + " [d]" * torch.is_tensor(v) for k, v in vars(method).items() if k not in ("task", "cfg")]
         source = " ".join(kind.__doc__.split("Source:")[1].split()).split(";")[0].rstrip(".")
-        rows.append((name, " + ".join(c.__name__ for c in kind.__bases__ if c is not object) or "-", str(method.gradients), "D_syn" if kind is fl.FedSynth else times(method.uplinks),
-                     f"{synthetic if kind is fl.FedSynth else method.uplinks * one_up:,}", times(len(down)) + " + parcel" * (kind.parcel is not fl.FedAvg.parcel),
+        ups, down = method.uplinks + method.surveys, down + [w] * method.surveys                     # an answer up, the mean down
+        rows.append((name, " + ".join(c.__name__ for c in kind.__bases__ if c is not object) or "-", f"{method.gradients}{' + all' * method.surveys}", "D_syn" if kind is fl.FedSynth else times(ups),
+                     f"{synthetic if kind is fl.FedSynth else ups * one_up:,}", times(len(down)) + " + parcel" * (kind.parcel is not fl.FedAvg.parcel),
                      f"{sum(len(wire.encode(x)) for x in down):,}", times(method.memory), ", ".join(kept) or "-", source))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(widths), *lines[1:], "",
-                      f"gradients: per local step. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
+                      f"gradients: per local step; all: one over all of a client's images, once a round. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
                       f"fedsynth sends {cfg.fs_batches} x {cfg.fs_images} images ({cfg.fs_format}), whatever `compress` is, and its gradients are those of the "
                       f"learning (README); random masking at equal bytes: --algo fedavg --compress randk --no-scaled --k {compress.masking_within(synthetic)}.",
                       "A parcel (synthetic images) is fetched once. What a method does: python run.py --explain METHOD"])
@@ -179,6 +187,10 @@ def known(name):
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line with the closest flag, exit code 2."""
 
+    def print_help(self, file=None):
+        if ranks.rank() == 0:                                                         # once, not once per process of torchrun
+            super().print_help(file)
+
     def error(self, message):
         flags = [a for action in self._actions for a in action.option_strings]
         for word in message.replace(":", " ").split():
@@ -191,6 +203,8 @@ def parser():
     """The command line: one flag per field of Config, and those that are not settings.  Source: config.py."""
     p = Parser(description="Compressed, sharpness-aware federated learning: FedSynSAM and the methods it is compared with.", allow_abbrev=False)
     p.add_argument("--algo", nargs="+", default=argparse.SUPPRESS, metavar="METHOD", help=f"one or more of {', '.join(baselines.METHODS)} (default fedsynsam)")
+    p.add_argument("--preset", default=argparse.SUPPRESS, metavar="NAME",
+                   help=f"settings of a published table, which other flags then change: {', '.join(presets.PRESETS)} (presets.py)")
     p.add_argument("--seeds", type=int, default=argparse.SUPPRESS, metavar="n", help="runs per method: seed, seed+1, ... (default 1)")
     p.add_argument("--name", help="name of the folder (default: made from method and seed)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="where folders are made (default runs)")
@@ -198,7 +212,9 @@ def parser():
     p.add_argument("--list", action="store_true", help="print every method with its parent, gradients, bytes, state and source, and stop")
     p.add_argument("--explain", metavar="METHOD", help="print what a method changes against its parent, and stop")
     p.add_argument("--quick", action="store_true", help="the same job at a tenth of the size")
-    for f in dataclasses.fields(Config)[1:]:
+    for f in dataclasses.fields(Config):
+        if f.name in ("algo", "preset"):
+            continue
         text = f.metadata["text"] + (f": {', '.join(f.metadata['legal'])}" if f.metadata["legal"] else "") + f" (default {f.default})"
         flag = "--" + f.name.replace("_", "-")
         if f.type in (bool, "bool"):
@@ -217,14 +233,18 @@ def configs_of(args):
         raise experiment.UserError(f"seeds = {seeds} is out of range; it must be in 1..1000")
     if args.name is not None and (pathlib.Path(args.name).name != args.name or len(args.name) > 200):
         raise experiment.UserError(f"name = {args.name!r} is no plain folder name (use --out DIR for where it goes)")
-    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name != "algo" and hasattr(args, f.name)}
-    base = Config(algo=algos[0], **fields).check()
-    base = base.quick() if args.quick else base
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name not in ("algo", "preset") and hasattr(args, f.name)}
+    if hasattr(args, "preset") and args.preset not in presets.PRESETS:
+        raise experiment.UserError(f"unknown preset {args.preset!r}; {config.closest(args.preset, list(presets.PRESETS))}")
+    start = {a: presets.fields(args.preset, a) if hasattr(args, "preset") else {} for a in algos}
+    configs = [Config(algo=a, **{**start[a], **given}).check() for a in start]
+    base = configs[0]
+    threads, device = experiment.threads_of(base), experiment.device_of(base).type
     if base.procs not in (0, ranks.size()):
         raise experiment.UserError(f"procs = {base.procs}, but this is a group of {ranks.size()}; leave --procs out under torchrun, and elsewhere start "
                                    f"`python run.py` itself")
-    base = dataclasses.replace(base, procs=ranks.size(), threads=experiment.threads_of(base), device=experiment.device_of(base).type)
-    return [dataclasses.replace(base, algo=a, seed=base.seed + s).check() for a in dict.fromkeys(algos) for s in range(seeds)]
+    configs = [dataclasses.replace(c.quick() if args.quick else c, procs=ranks.size(), threads=threads, device=device) for c in configs]
+    return [dataclasses.replace(c, seed=c.seed + s).check() for c in configs for s in range(seeds)]
 
 
 def prepare(args):
@@ -269,11 +289,10 @@ def obey(argv):
     """`main` inside a group of processes that it has joined: -> exit code."""
     try:
         args = parser().parse_args(argv)
-        if args.list:
-            print(listing())
-            return 0
-        if args.explain is not None:
-            print(explain(args.explain))
+        if args.list or args.explain is not None:
+            text = listing() if args.list else explain(args.explain)
+            if ranks.rank() == 0:
+                print(text)
             return 0
         folder, configs, single, made = prepare(args)
     except ValueError as error:

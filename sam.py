@@ -13,7 +13,11 @@ own point w it can only see F_i. What it takes for u is what separates the metho
     FedLESAM    minus the last move of the global model: global, but old, and blurred by compression
     FedSynSAM   a mixture of its own gradient and the gradient on synthetic data distilled from the global trajectory
 
-Sources: SAM, Foret et al. 2021, eq. (2)-(3); ASAM, Kwon et al. 2021; FedSynSAM, arXiv 2602.11584.
+What else can be changed is the shape of the ball (`perturb_adaptive`) and what of the gradient counts: GCSAM takes out of
+every weight's gradient its mean over all but the output dimension (`centralise`, `perturb_centralised`).
+
+Sources: SAM, Foret et al. 2021, eq. (2)-(3); ASAM, Kwon et al. 2021; GCSAM, Hassan et al. 2025 (arXiv 2501.11584); FedSynSAM,
+arXiv 2602.11584.
 Read next: synth.py (where the synthetic data come from).
 """
 import torch
@@ -39,6 +43,32 @@ def perturb_adaptive(w, direction, rho, eta=0.01, scaled=None):
     if scaled is not None:
         T = torch.where(scaled, T, 1)
     return w + T * T * direction * (rho / (T * direction).norm().clamp_min(TINY))
+
+
+def centralise(g, shapes):
+    """Gradient centralisation: every parameter with more than one dimension minus its mean over all dimensions but the first.
+
+    g [d], shapes of the parameters in w (models.Model) -> [d].  A convolution lies in w as OHWI: output channel first all the same,
+    so one row of `view(outputs, -1)` is what is averaged. A linear projection: applied twice it is applied once.
+    Source: Hassan et al. 2025 (GCSAM), after Yong et al. 2020.
+    """
+    parts = []
+    for p, shape in zip(g.split([torch.Size(s).numel() for s in shapes]), shapes):
+        if len(shape) > 1:
+            p = p.view(shape[0], -1)
+            p = (p - p.mean(1, keepdim=True)).view(-1)
+        parts.append(p)
+    return torch.cat(parts)
+
+
+def perturb_centralised(w, direction, rho, shapes, norm_first=False):
+    """GCSAM's climb, along C u = `centralise` of u: w + rho C u / ||C u||, or w + rho C u / ||u|| if norm_first.
+
+    w [d], direction u [d], rho >= 0 -> [d].  The move has length rho; with norm_first at most rho, since C only shortens.
+    Source: Hassan et al. 2025 (GCSAM): the first is its formula, the second its released code.
+    """
+    u = centralise(direction, shapes)
+    return w + u * (rho / (direction if norm_first else u).norm().clamp_min(TINY))
 
 
 def sam_gradient(grad, w, direction, rho):

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import align
 import baselines
 import bits
 import compress
@@ -35,13 +37,18 @@ import config
 import data
 import experiment
 import fl
+import landscape
 import loop
+import memory
 import models
+import presets
 import ranks
 import run
 import sam
 import sharpness
+import split
 import synth
+import tasks
 from compress import QSGD, Identity, Natural, RandK, Sign, SparseDithering, TopK
 from tools import plot, tradeoff
 
@@ -519,6 +526,28 @@ def test_sam_adaptive_does_not_see_a_rescaling_of_relu_layers():
     assert abs(float(loss(sam.perturb(w, torch.func.grad(loss)(w), 0.5)) - at_rim(w))) > 1e-6              # SAM is another map
 
 
+def test_sam_centralising_is_the_slow_loop_over_a_modules_parameters():
+    """The module's own shapes, OIHW and without any flat vector; and what is known of a projection."""
+    model, module = models.build("cnn", (3, 16, 16), 10, 4, 6, dtype=f64), models.cnn_module(3, 16, 16, 10, 4, 6).double()
+    for n, p in enumerate(module.parameters()):
+        p.data = randn(*p.shape, seed=n) + n
+    g, slow = models.flatten(p.detach() for p in module.parameters()), []
+    for p in module.parameters():
+        q = p.detach().clone()
+        for out in range(len(q) if q.dim() > 1 else 0):
+            q[out] -= q[out].sum() / q[out].numel()
+        slow.append(q)
+    fast, biases = sam.centralise(g, model.shapes), ~model.weights
+    assert torch.allclose(fast, models.flatten(slow), rtol=1e-12, atol=1e-12) and (fast - g).norm() > 1
+    assert torch.equal(fast[biases], g[biases]) and torch.allclose(sam.centralise(fast, model.shapes), fast, atol=1e-12)
+    assert float(fast @ (g - fast)) == pytest.approx(0, abs=1e-9) and fast.norm() < g.norm()
+    assert torch.equal(sam.centralise(g, [g.shape]), g)                              # one dimension: nothing to centralise
+    w, far = randn(len(g), seed=9), lambda *a: sam.perturb_centralised(w, g, 0.3, model.shapes, *a) - w                # noqa: E731
+    assert float(far().norm()) == pytest.approx(0.3, rel=1e-9) and torch.allclose(far(), 0.3 * fast / fast.norm())
+    assert far(True).norm() < 0.299 and torch.allclose(far(True), 0.3 * fast / g.norm())       # the released code climbs less far
+    assert torch.equal(sam.perturb_centralised(w, g, 0.0, model.shapes), w) and torch.equal(sam.perturb_centralised(w, 0 * g, 0.3, model.shapes), w)
+
+
 def test_sam_mixing_ends_at_its_two_ingredients():
     a, b = randn(5), randn(5, seed=1)
     assert torch.equal(sam.mix_directions(a, b, 0.0, False), a) and torch.equal(sam.mix_directions(a, b, 1.0, False), b)
@@ -763,37 +792,56 @@ def test_data_bundled_images_are_balanced_and_the_three_sets_disjoint(bundled):
     assert weight.tolist() == [1, 0] and torch.allclose(x[0], (train.x[0].float() - train.x.float().mean()) / train.x.float().std(), atol=1e-4)
 
 
-@pytest.mark.parametrize("how", data.PARTITIONS)
-def test_data_partitions_use_no_image_twice(how):
+@pytest.mark.parametrize("how", split.PARTITIONS)
+def test_split_partitions_use_no_image_twice(how):
     y = torch.arange(3000) % 10
-    parts = data.partition(y, 40, how, alpha=0.1, classes_per_client=2, min_size=10, seed=3)
+    parts = split.partition(y, 40, how, alpha=0.1, classes_per_client=2, min_size=10, seed=3)
     used = torch.cat(parts)
-    assert len(parts) == 40 and len(used.unique()) == len(used) and len(used) >= 0.99 * 3000
-    assert all(map(torch.equal, parts, data.partition(y, 40, how, 0.1, 2, 10, seed=3)))
-    assert not all(len(a) == len(b) and torch.equal(a, b) for a, b in zip(parts, data.partition(y, 40, how, 0.1, 2, 10, seed=4)))
+    assert len(parts) == 40 and len(used) >= 0.99 * 3000
+    assert (len(used.unique()) == len(used)) == (how != "dirichlet-recycled")
+    assert all(map(torch.equal, parts, split.partition(y, 40, how, 0.1, 2, 10, seed=3)))
+    assert not all(len(a) == len(b) and torch.equal(a, b) for a, b in zip(parts, split.partition(y, 40, how, 0.1, 2, 10, seed=4)))
     sizes = [len(p) for p in parts]
-    if how in ("iid", "dirichlet"):
+    if how in ("iid", "dirichlet", "dirichlet-recycled"):
         assert set(sizes) == {75}
+    if how == "dirichlet-balanced":
+        assert 60 <= min(sizes) and max(sizes) <= 90
     assert min(sizes) >= 10
 
 
-def test_data_partitions_are_as_skewed_as_they_say():
+def test_split_partitions_are_as_skewed_as_they_say():
     y = torch.arange(6000) % 10
-    held = lambda how, **kw: [len(y[p].unique()) for p in data.partition(y, 50, how, **kw)]                   # noqa: E731
-    share = lambda alpha: np.mean([float(y[p].bincount().max() / len(p)) for p in data.partition(y, 50, "dirichlet", alpha)])  # noqa: E731
+    held = lambda how, **kw: [len(y[p].unique()) for p in split.partition(y, 50, how, **kw)]                   # noqa: E731
+    share = lambda alpha: np.mean([float(y[p].bincount().max() / len(p)) for p in split.partition(y, 50, "dirichlet", alpha)])  # noqa: E731
     assert max(held("shards", classes_per_client=3)) == 3 and min(held("iid")) == 10
     assert share(1e5) < 0.25 < 0.5 < share(0.1) and min(held("dirichlet", alpha=1e5)) == 10
-    sizes = [len(p) for p in data.partition(y, 50, "dirichlet-class", 0.1)]
+    sizes = [len(p) for p in split.partition(y, 50, "dirichlet-class", 0.1)]
     assert max(sizes) > 3 * 120 and min(sizes) == 10
 
 
-def test_data_partitions_refuse_the_impossible():
+def test_split_recycled_classes_follow_the_priors_where_drawing_without_replacement_cannot():
+    y = np.repeat(np.arange(10), 600)
+    pools = [np.flatnonzero(y == c) for c in range(10)]
+    prior = np.random.default_rng(1).dirichlet([0.1] * 10, 50)                       # the first thing that both draw
+    gap = [np.abs(np.stack([np.bincount(y[p], minlength=10) / len(p) for p in split.dirichlet_per_client(pools, 50, 0.1, np.random.default_rng(1), r)])
+                  - prior).sum(1).mean() for r in (False, True)]
+    assert gap[1] < 0.12 < 0.3 < gap[0]              # 120 draws of a prior differ from it by 0.1 in the mean
+
+
+def test_split_balanced_shares_are_doubly_stochastic_and_stay_skewed():
+    shares = split.doubly_stochastic(np.random.default_rng(0).dirichlet([0.16] * 80, 10))
+    assert np.allclose(shares.sum(1), 1) and np.allclose(shares.sum(0), 10 / 80, rtol=0.02) and (shares.max(0) / shares.sum(0)).mean() > 0.5
+    target = np.outer([1, 2, 3], [1, 1, 2, 4]) * 1.0                                  # rank one: every entry must become 1 / 4
+    assert np.allclose(split.doubly_stochastic(target), 1 / 4)
+
+
+def test_split_partitions_refuse_the_impossible():
     y = torch.arange(100) % 10
     for message, kw in (("above 0", dict(n_clients=5, alpha=0)), ("1..100", dict(n_clients=101)), ("unknown partition", dict(n_clients=5, how="x")),
                         ("min_size", dict(n_clients=20, how="dirichlet-class")), ("cannot cover", dict(n_clients=2, how="shards")),
                         ("cannot cover", dict(n_clients=5, how="shards", classes_per_client=11))):
         with pytest.raises(ValueError, match=message):
-            data.partition(y, **kw)
+            split.partition(y, **kw)
 
 
 def test_data_batches_are_epochs_or_full_steps():
@@ -906,7 +954,7 @@ def test_data_torchvision_imports_where_its_operators_cannot_load():
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)], ids=str)
 def test_models_flat_function_is_the_nn_module(name, shape):
     model = models.build(name, shape, 10, seed=5, dtype=f64)
-    build = {"mlp": lambda: models.mlp_module(*shape, 10, 64), "cnn": lambda: models.cnn_module(*shape, 10, 8, 64),
+    build = {"mlp": lambda: models.mlp_module(*shape, 10, 64), "cnn": lambda: models.cnn_module(*shape, 10, 8, 64), "lenet": lambda: models.lenet_module(*shape, 10),
              "convnet": lambda: models.convnet_module(*shape, 10), "resnet18": lambda: models.resnet18_module(*shape, 10)}[name]
     torch.manual_seed(5)
     module = build().double()
@@ -917,6 +965,57 @@ def test_models_flat_function_is_the_nn_module(name, shape):
     assert torch.allclose(model.apply(model.w0, x), module(x), rtol=1e-9, atol=1e-12)
     g = torch.func.grad(lambda w: F.cross_entropy(model.apply(w, x), y))(model.w0)
     assert torch.allclose(g, models.flatten(p.grad for p in module.parameters()), rtol=1e-7, atol=1e-12)
+
+
+def test_models_mlp_has_the_depth_it_was_given():
+    model = models.build("mlp", (1, 28, 28), 10, hidden=200, depth=2, dtype=f64)
+    assert len(model.w0) == 199_210                                                   # the 2NN of McMahan et al. 2017
+    W1, b1, W2, b2, W3, b3 = models.unflatten(model.w0, model.shapes)
+    x = randn(3, 1, 28, 28)
+    hidden = ((x.flatten(1) @ W1.T + b1).relu() @ W2.T + b2).relu()
+    assert torch.allclose(model.apply(model.w0, x), hidden @ W3.T + b3)
+
+
+def hooked_activity(module, x):
+    """What a network's nn.ReLU modules let through, its mean square per image and summed over the calls -> [B]."""
+    outs = []
+    hooks = [m.register_forward_hook(lambda m, x, a: outs.append(a.clone())) for m in module.modules() if isinstance(m, nn.ReLU)]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([sum((a[b] ** 2).sum() / a[b].numel() for a in outs) for b in range(len(x))]), len(outs)
+
+
+@pytest.mark.parametrize("name, layers", [("mlp", 2), ("cnn", 3), ("lenet", 4), ("convnet", 3), ("resnet18", 17)])
+def test_models_activity_is_what_hooks_on_the_modules_relus_see(name, layers):
+    """Before pooling, every call of every ReLU, no scores; its gradient too."""
+    shape, kind = (3, 20, 20), getattr(models, f"{name}_module")
+    model = models.build(name, shape, 7, 4, 10, seed=2, dtype=f64, depth=2)
+    torch.manual_seed(2)
+    module = kind(*shape, 7, *{"mlp": (10, 2), "cnn": (4, 10)}.get(name, ())).double()
+    x = randn(3, *shape)
+    scores, activity = model.watched(model.w0, x)
+    slow, calls = hooked_activity(module, x)
+    assert calls == layers and activity.shape == (3,) and torch.allclose(activity, slow, rtol=1e-9)
+    assert torch.allclose(scores, model.apply(model.w0, x), rtol=1e-12, atol=1e-12)
+    slow.sum().backward()
+    g = torch.func.grad(lambda w: model.watched(w, x)[1].sum())(model.w0)
+    assert torch.allclose(g, models.flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()), rtol=1e-7, atol=1e-12)
+    assert g.norm() > 0.01
+
+
+def test_models_activity_is_a_mean_so_twice_the_units_are_as_active():
+    model, x = models.build("mlp", (1, 4, 4), 3, hidden=5, dtype=f64), randn(6, 1, 4, 4)
+    W, b, V, c = models.unflatten(model.w0, model.shapes)
+    wide = models.build("mlp", (1, 4, 4), 3, hidden=10, dtype=f64)
+    w = models.flatten([torch.cat([W, W]), torch.cat([b, b]), torch.cat([V, V], 1) / 2, c])
+    for one, two in zip(model.watched(model.w0, x), wide.watched(w, x)):
+        assert torch.allclose(one, two, rtol=1e-12)
+
+
+def test_models_resnet18_has_the_stem_it_was_given():
+    small, large = (models.build("resnet18", (3, 32, 32), 10, stem=stem) for stem in ("auto", "imagenet"))
+    assert small.shapes[0] == (64, 3, 3, 3) and large.shapes[0] == (64, 3, 7, 7) and large.apply(large.w0, torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_models_convolution_weights_are_channels_last_views():
@@ -950,6 +1049,7 @@ class Quadratics:
         self.A = torch.eye(d, dtype=f64) + 0.1 * M @ M.transpose(1, 2)
         self.c, self.w0 = spread * randn(n, d, seed=seed + 1), randn(d, seed=seed + 2)
         self.sizes, self.steps, self.weights = sizes or [1] * n, steps, None
+        self.shapes = [(2, (d - 1) // 2), (d - 2 * ((d - 1) // 2),)]                 # a matrix and a bias, for GCSAM
         self.best = torch.linalg.solve(self.A.mean(0), (self.A @ self.c[..., None]).mean(0)[:, 0])
 
     def loss(self, w, rows):
@@ -961,6 +1061,9 @@ class Quadratics:
 
     def plan(self, client, g):
         return torch.full((self.steps, 1, 1), client)
+
+    def everything(self, client):
+        return torch.full((1, 1, 1), client)
 
     def steps_of(self, client):
         return self.steps
@@ -983,7 +1086,7 @@ def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None,
     cfg = config.Config(algo=algo, model=model, **kw).check()
     train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
     net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
-    task = loop.Task(net, train, data.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
+    task = tasks.Task(net, train, split.partition(train.y, cfg.clients, cfg.partition, cfg.alpha, min_size=2, seed=cfg.seed), cfg)
     fed = loop.Federation(baselines.METHODS[algo](task, cfg), compressor or Identity(dtype), workers=2, chunk=chunk)
     for _ in range(begin):
         fed.round()
@@ -1106,6 +1209,81 @@ def test_fl_dynafed_without_server_epochs_is_fedavg(bundled):
     assert synth.synthetic_loss(tuned.task.apply, tuned.w, s) < synth.synthetic_loss(tuned.task.apply, plain, s)
 
 
+def test_fl_man_zero_is_the_base_bit_for_bit(bundled):
+    for algo, model in (("fedsam", "cnn"), ("feddyn", "mlp")):
+        fed = vision(algo, bundled, torch.float32, model=model)
+        fed.task.watched = None                                                      # not even called
+        for _ in range(2):
+            fed.round()
+        assert torch.equal(fed.w, vision(algo, bundled, torch.float32, model=model, man=0.0, begin=2).w)
+        assert not torch.equal(fed.w, vision(algo, bundled, torch.float32, model=model, man=0.1, begin=2).w)
+
+
+def test_fl_man_adds_its_gradient_to_that_of_cross_entropy(bundled):
+    """One hidden layer: (zeta / (B n)) sum over real images of (a_b 1[a_b > 0]) x_b' on W1, the same without x_b on b1, 0 above."""
+    zeta, n = 0.15, 8
+    plain, fed = vision("fedavg", bundled), vision("fedavg", bundled, man=zeta)
+    rows = F.pad(fed.plans([0], 0)[0][0][:5], (0, 0, 0, 3), value=-1)                # three of the eight are padding
+    train, w = fed.task.train, fed.w
+    x = ((train.x[rows[:5, 0]].double() - train.mean) / train.std).flatten(1)
+    W, b, _, _ = models.unflatten(w, fed.task.shapes)
+    by_hand = [torch.zeros_like(p) for p in models.unflatten(w, fed.task.shapes)]
+    for image in x:
+        a = (W @ image + b).relu()
+        by_hand[0] += zeta / (5 * n) * torch.outer(a, image)
+        by_hand[1] += zeta / (5 * n) * a
+    g = fed.method.grad(w, rows) - plain.method.grad(w, rows)
+    assert torch.allclose(g, models.flatten(by_hand), rtol=1e-9, atol=1e-12) and g.norm() > 1e-3
+    assert torch.allclose(fed.method.grad(w, rows), fed.method.grad(w, rows[:5]), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("algo", ["fedsam", "fedasam", "gcsam", "fedsynsam"])
+def test_fl_man_is_in_the_ascent_and_in_the_descent(algo, bundled):
+    """One step of SAM against the whole loss, built here from a module and its hooks; g_syn stays plain cross-entropy."""
+    fed, zeta = vision(algo, bundled, man=0.3, rho=0.2, mix=0.25), 0.3
+    fed.method.synthetic = synth.first_guess(1, 10, (1, 28, 28), 5.0, 0.1, seeded(), fed.w)
+    net, train, rows, w = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train, fed.plans([0], 3)[0][0], fed.w
+    x, y = (train.x[rows[:, 0]].double() - train.mean) / train.std, train.y[rows[:, 0]]
+
+    def whole(v, zeta):
+        nn.utils.vector_to_parameters(v, net.parameters())
+        loss = F.cross_entropy(net(x), y) + zeta / 2 * hooked_activity(net, x)[0].mean()
+        return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+    me, shapes = fl.Client(w, w[:0]), fed.task.shapes
+    G = fed.method.gradient(w, rows, me, fed.method.direction(w, rows, me))
+
+    def sam_of(up, down):
+        u, grad = whole(w, up), lambda v: whole(v, down)                             # noqa: E731
+        if algo == "fedsynsam":
+            s = fed.method.synthetic
+            syn = torch.func.grad(lambda v: synth.soft_cross_entropy(fed.task.apply(v, s.images), s.logits))(w)
+            u = 0.75 * u / u.norm() + 0.25 * syn / syn.norm()
+        if algo == "fedasam":
+            return grad(sam.perturb_adaptive(w, u, 0.2, 0.2, fed.task.weights))
+        if algo == "gcsam":
+            return sam.centralise(sam.sam_gradient(grad, w, sam.centralise(u, shapes), 0.2), shapes)
+        return sam.sam_gradient(grad, w, u, 0.2)
+    assert torch.allclose(G, sam_of(zeta, zeta), rtol=1e-8, atol=1e-12)
+    assert not any(torch.allclose(G, sam_of(*z), rtol=1e-4, atol=1e-8) for z in ((0, zeta), (zeta, 0)))
+
+
+def test_fl_man_is_not_seen_by_what_measures(bundled):
+    plain, fed = (vision("fedsynsam", bundled, man=z) for z in (0.0, 5.0))
+    measures = [(tasks.evaluate(f.task.apply, plain.w, f.task.train), sharpness.top_eigenvalue(f.task.apply, plain.w, f.task.train, torch.arange(60)),
+                 experiment.evaluated(f, data.Dataset(f.task.train, f.task.train, f.task.train), torch.arange(60))) for f in (plain, fed)]
+    assert measures[0] == measures[1]
+    guess = synth.first_guess(1, 10, (1, 28, 28), 5.0, 0.1, seeded(), plain.w)
+    for f in (plain, fed):
+        f.method.synthetic = guess
+    assert torch.equal(plain.method.g_syn(plain.w), fed.method.g_syn(plain.w))
+
+
+def test_fl_man_keeps_activations_small(bundled):
+    activity = [float(f.task.watched(f.w, next(f.task.train.chunks(240)).x)[1].mean())
+                for f in (vision("fedavg", bundled, man=z, local_steps=10, begin=4) for z in (0.0, 0.15, 1.0))]
+    assert activity[0] > activity[1] > activity[2]
+
+
 def test_fl_fedlesam_climbs_a_stale_global_gradient():
     """Full participation, K = 1: eps at round t is rho grad F(w^{t-1}) / || . ||, and round 0 is plain SGD."""
     for algo in ("fedlesam", "fedlesam-server"):
@@ -1138,7 +1316,7 @@ def test_fl_fedlesam_remembers_the_model_a_client_last_saw():
 
 @pytest.mark.parametrize("algo", list(baselines.METHODS))
 def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
-    for kw in ({"model": "cnn", "augment": True}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
+    for kw in ({"model": "cnn", "augment": True, "man": 0.1}, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2}):
         feds = [vision(algo, bundled, begin=3, chunk=chunk, **kw) for chunk in (1, 3)]
         assert torch.allclose(feds[0].w, feds[1].w, rtol=1e-9, atol=1e-11)
         assert not torch.equal(feds[0].w, feds[0].task.w0)
@@ -1146,7 +1324,7 @@ def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
 
 @pytest.mark.parametrize("model", ["convnet", "resnet18"])
 def test_fl_vmap_trains_the_large_networks_too(model, bundled):
-    a, b = (vision("fedsam", bundled, torch.float32, model=model, clients=2, participation=2, local_steps=1, batch=2, chunk=c, begin=1) for c in (1, 2))
+    a, b = (vision("fedsam", bundled, torch.float32, model=model, man=0.1, clients=2, participation=2, local_steps=1, batch=2, chunk=c, begin=1) for c in (1, 2))
     assert torch.allclose(a.w, b.w, rtol=1e-3, atol=1e-5) and not torch.equal(a.w, a.task.w0)
 
 
@@ -1167,15 +1345,24 @@ def test_fl_number_of_workers_changes_nothing(bundled):
     assert torch.equal(feds[0].w, feds[1].w)
 
 
+def test_fl_compiled_steps_give_the_same_numbers(bundled, monkeypatch):
+    compiled, compiler = [], torch.compile                                            # without the C++ behind it, which takes half a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled.append(f) or compiler(f, backend="aot_eager", **kw))
+    plain, fused = (vision("fedsynsam", bundled, compile=c, weight_decay=1e-3) for c in (False, True))
+    for _ in range(4):
+        plain.round(), fused.round()
+    assert compiled == [loop.local_step] and torch.allclose(plain.w, fused.w, rtol=0, atol=1e-10)
+
+
 def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch):
     whole, tried = vision("fedsam", bundled, chunk=4, begin=1), []
     at_once = loop.Federation.at_once
 
-    def small_memory(self, w, memory, plans, lr):
+    def small_memory(self, job, rows, plans):
         tried.append(len(plans))
         if len(plans) > 1:
             raise torch.OutOfMemoryError("the GPU is full")
-        return at_once(self, w, memory, plans, lr)
+        return at_once(self, job, rows, plans)
     monkeypatch.setattr(loop.Federation, "at_once", small_memory)
     assert torch.allclose(vision("fedsam", bundled, chunk=4, begin=1).w, whole.w, rtol=1e-9, atol=1e-11) and tried == [4, 2, 1, 1, 1, 1]
     monkeypatch.setattr(loop.Federation, "at_once", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("not even one")))
@@ -1184,14 +1371,14 @@ def test_fl_a_chunk_that_does_not_fit_into_memory_is_halved(bundled, monkeypatch
 
 
 def test_fl_memory_in_a_file_is_memory(tmp_path):
-    tables = [loop.Memory(2, torch.zeros(5, dtype=f64), file) for file in (None, tmp_path / "memory.bin")]
+    tables = [memory.Memory(2, torch.zeros(5, dtype=f64), file) for file in (None, tmp_path / "memory.bin")]
     for k, clients in enumerate(([3, 8], [8, 1], [0, 3, 99], list(range(20)))):
         for m in tables:
             m.write(clients, k + torch.arange(10.0 * len(clients), dtype=f64).view(-1, 2, 5))
     default = torch.full((2, 5), 7.0, dtype=f64)
     assert torch.equal(*(m.read([99, 50, 1, 8, 19], default) for m in tables)) and (tables[0].read([50], default) == 7).all()
     assert (tmp_path / "memory.bin").stat().st_size == len(tables[1].slot) * 2 * 5 * 8                 # clients never seen cost nothing
-    other = loop.Memory(2, torch.zeros(5, dtype=f64), tmp_path / "other.bin")
+    other = memory.Memory(2, torch.zeros(5, dtype=f64), tmp_path / "other.bin")
     other.restore(tables[0].table, dict(tables[0].slot))
     assert torch.equal(*(m.read([99, 1], default) for m in (other, tables[0])))
 
@@ -1201,7 +1388,7 @@ def test_fl_evaluation_in_chunks_and_threads_is_the_whole(bundled):
     x, y, _ = next(fed.task.train.chunks(240))
     scores = fed.task.apply(fed.w, x)
     for each in (map, fed.pool.map):
-        loss, accuracy = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50, each=each)
+        loss, accuracy = tasks.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50, each=each)
         assert loss == pytest.approx(float(F.cross_entropy(scores, y))) and accuracy == float((scores.argmax(1) == y).double().mean())
 
 
@@ -1311,7 +1498,7 @@ def test_fl_fedsynth_learns_above_chance_and_without_local_steps(bundled):
           "dtype": torch.float32}
     for objective in ("data", "update"):
         fed = vision("fedsynth", bundled, begin=6, local_steps=10, fs_objective=objective, **kw)
-        assert loop.evaluate(fed.task.apply, fed.w, bundled.val)[1] > 0.3, objective
+        assert tasks.evaluate(fed.task.apply, fed.w, bundled.val)[1] > 0.3, objective
     calls, fed.method.grad_of = [], lambda loss, w: calls.append(1)
     data_only = vision("fedsynth", bundled, **kw)
     data_only.method.grad_of = fed.method.grad_of
@@ -1332,7 +1519,7 @@ def test_fl_fedsynth_trains_on_colour_images_and_continues_with_its_residuals(tm
     images = data.Images(x, torch.arange(n) % 4, torch.full((3,), 128.0), torch.full((3,), 60.0), list(range(4)))
     cfg = config.Config(algo="fedsynth", model="mlp", clients=3, participation=3, local_steps=2, batch=4, fs_objective="update", error_feedback=True,
                         fs_steps=3, fs_batches=2, fs_images=2).check()
-    task = loop.Task(models.build("mlp", (3, 8, 8), 4, hidden=4), images, list(torch.arange(n).split(20)), cfg)
+    task = tasks.Task(models.build("mlp", (3, 8, 8), 4, hidden=4), images, list(torch.arange(n).split(20)), cfg)
     fed, resumed = (loop.Federation(fl.FedSynth(task, cfg)) for _ in range(2))
     fed.round()
     experiment.save(tmp_path, fed, 1.0, 0)
@@ -1358,10 +1545,223 @@ def test_fl_alignment_is_one_where_the_estimate_is_the_truth(bundled):
     assert math.isnan(sharpness.alignment(vision("fedavg", bundled, begin=1), rows).synthetic)
 
 
+# ------------------------------------------------------------------------------------------------------------- align
+ALIGNED = list(align.METHODS)
+UNEVEN = {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2, "participation": 3}               # clients of unequal length
+
+
+def asked(fed, clients, w=None):
+    """What the clients of the coming round say to the survey, and v_i [d] of each."""
+    w, method = fed.w if w is None else w, fed.method
+    method.receive(w, method.broadcast(w)[1:])
+    said = w.new_zeros(len(clients), 0, len(w))
+    if method.surveys:
+        said = torch.stack([x for x, _ in fed.answers(w, clients, fed.t)])
+        fed.announce(said, clients)
+    rows = fed.recall(clients, w)
+    return said, torch.stack([method.displacement(fl.Client(w, m, s)) for m, s in zip(rows, said)])
+
+
+def test_align_full_gradient_runs_over_all_images_of_a_client_once(bundled):
+    fed = vision("fedga", bundled, **UNEVEN)
+    train, net = fed.task.train, models.mlp_module(1, 28, 28, 10, 8).double()
+    assert len({len(fed.task.everything(i)) for i in range(6)}) > 1 and any(len(p) % 8 for p in fed.task.parts)      # unequal, and padded
+    for i, mine in enumerate(fed.task.parts):
+        nn.utils.vector_to_parameters(fed.w, net.parameters())
+        loss = F.cross_entropy(net((train.x[mine].double() - train.mean) / train.std), train.y[mine])
+        true = nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+        assert torch.allclose(fed.method.survey(fed.w, fed.task.everything(i))[0], true, rtol=1e-10, atol=1e-13)
+        padded = F.pad(fed.task.everything(i), (0, 0, 0, 0, 0, 2), value=-1)
+        assert torch.allclose(fed.method.survey(fed.w, padded)[0], true, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("average", ["uniform", "size"])
+@pytest.mark.parametrize("compressor", [Identity(f64), QSGD(1, "max", 64, f64), TopK(50, f64)], ids=str)
+def test_align_displacements_cancel(average, compressor, bundled):
+    """Weighted as the mean over clients is, with every compressor: they are made of what was decoded."""
+    fed = vision("fedga", bundled, compressor=compressor, begin=1, beta=0.3, average=average, **UNEVEN)
+    said, v = asked(fed, fed.clients(1))
+    p = fed.weights(fed.clients(1))
+    assert float(p.sum()) == pytest.approx(1) and (len(set(p.tolist())) > 1) == (average == "size")
+    assert (p @ v).norm() < 1e-12 * v.norm() and v.norm() > 1e-3
+    exact = torch.stack([fed.method.survey(fed.w, fed.task.everything(i))[0] for i in fed.clients(1)])
+    assert torch.allclose(said[:, 0], exact, rtol=1e-9, atol=1e-12) == isinstance(compressor, Identity)
+
+
+def test_align_previous_displacements_cancel_at_full_participation():
+    for compressor in (Identity(f64), QSGD(1, "max", 4, f64)):
+        fed = quad(Quadratics(), "fedga-previous", compressor, rounds=4, beta=0.2)
+        _, v = asked(fed, range(8))
+        assert v.sum(0).norm() < 1e-12 * v.norm() and v.norm() > 0.01
+    fed = quad(Quadratics(), "fedga-previous", rounds=3, beta=0.2, participation=2)
+    new = next(i for i in range(8) if i not in fed.memory.slot)
+    _, v = asked(fed, [new, next(iter(fed.memory.slot))])
+    assert v[0].norm() == 0 and v[1].norm() > 0.01                                   # never active: not displaced
+
+
+@pytest.mark.parametrize("algo", ALIGNED)
+def test_align_without_beta_is_fedavg_bit_for_bit(algo, bundled):
+    for kw in ({}, {"compressor": QSGD(7, "max", 64), "weight_decay": 0.1}, {"compressor": TopK(50), "error_feedback": True, "average": "size"}, {"chunk": 3}):
+        pair = [vision(a, bundled, torch.float32, begin=4, beta=0.0, **kw) for a in (algo, "fedavg")]
+        assert torch.equal(pair[0].w, pair[1].w)
+    assert not torch.equal(vision(algo, bundled, torch.float32, begin=4, beta=0.3).w, vision("fedavg", bundled, torch.float32, begin=4).w)
+
+
+def test_align_fedga_is_gradalign(bundled):
+    """K = 1: the paper's identity. K > 1 with v_i held: w_k + v_i = y_k, so for every K, unless weight decay tells w and y apart."""
+    ends = lambda **kw: [vision(a, bundled, begin=3, beta=0.3, clip=0.5, **kw).w for a in ("gradalign", "fedga")]       # noqa: E731
+    for kw in ({"local_steps": 1}, {"local_steps": 5}, {"average": "size", **UNEVEN}):
+        a, b = ends(**kw)
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
+    a, b = ends(local_steps=5, weight_decay=0.1)
+    assert 1e-8 < (a - b).norm() < 1e-2
+
+
+def test_align_on_quadratics_one_step_descends_the_loss_and_its_variance():
+    """mean g_i(w + v_i) = grad f + beta grad r exactly, for every beta; r by its definition, grad r by central differences."""
+    task, e = Quadratics(steps=1), torch.eye(6, dtype=f64)
+
+    def r(w):
+        g = [task.gradient(i, w) for i in range(8)]
+        return sum((g_i - sum(g) / 8).square().sum() for g_i in g) / 16
+    grad_r = torch.stack([(r(task.w0 + 1e-4 * x) - r(task.w0 - 1e-4 * x)) / 2e-4 for x in e])
+    grad_f = torch.stack([task.gradient(i, task.w0) for i in range(8)]).mean(0)
+    for beta in (0.01, 0.5, 20.0):
+        for algo in ("gradalign", "fedga"):
+            fed = quad(task, algo, beta=beta)
+            assert torch.allclose((task.w0 - fed.w) / 0.1, grad_f + beta * grad_r, rtol=1e-7, atol=1e-9)
+            assert fed.report["gradient_variance"] == pytest.approx(float(r(task.w0)), rel=1e-12)
+
+
+def test_align_on_a_network_the_error_is_of_first_order_in_beta(bundled):
+    """A smooth one: where ReLU has its kinks a gradient jumps, and no derivative knows of it."""
+    fed = vision("gradalign", bundled, participation=6, local_steps=1, beta=0.1)
+
+    def smooth(w, x):
+        W1, b1, W2, b2 = w.split([6272, 8, 80, 10])
+        return torch.tanh(x.flatten(1) @ W1.view(784, 8) / 28 + b1) @ W2.view(8, 10) + b2
+    fed.task.apply = smooth
+    rows = [fed.task.everything(i) for i in range(6)]
+    gradients = lambda w: torch.stack([fed.method.survey(w, x)[0] for x in rows])                                # noqa: E731
+    w = fed.w.clone().requires_grad_()
+    g = [sum((x[:, 0] >= 0).sum() * torch.autograd.grad(fed.task.loss(w, x), w, create_graph=True)[0] for x in b) / (b[..., 0] >= 0).sum() for b in rows]
+    r = sum((g_i - sum(g) / 6).square().sum() for g_i in g) / 12
+    grad_r, = torch.autograd.grad(r, w)
+    assert float(align.gradient_variance(gradients(fed.w), torch.full((6,), 1 / 6, dtype=f64))) == pytest.approx(float(r.detach()))
+    errors = []
+    for beta in (1e-2, 1e-3, 1e-4):
+        fed.method.cfg = dataclasses.replace(fed.cfg, beta=beta)
+        _, v = asked(fed, range(6))
+        displaced = torch.stack([fed.method.survey(fed.w + v_i, x)[0] for v_i, x in zip(v, rows)])
+        errors.append(float(((displaced - gradients(fed.w)).mean(0) / beta - grad_r).norm() / grad_r.norm()))
+    assert errors[0] < 0.2 and errors[1] < 0.2 * errors[0] and errors[2] < 0.2 * errors[1], errors
+
+
+def test_align_makes_the_clients_agree():
+    """Of two models with about the same loss, GradAlign's is the one where the gradients differ less."""
+    task = Quadratics(n=4, d=4, steps=1)
+    ends = {beta: quad(task, "gradalign", rounds=100, beta=beta) for beta in (0.0, 0.02, 0.1)}
+    r = [fed.report["gradient_variance"] for fed in ends.values()]
+    f = [float(torch.stack([task.loss(fed.w, torch.tensor([[i]])) for i in range(4)]).mean()) for fed in ends.values()]
+    assert r[0] > r[1] > r[2] and f[0] < f[1] < f[2]                                 # alignment is bought with loss
+
+
+def aligned_oracle(algo, fed, grad, full, rounds):
+    """Fresh and previous once more, as slow loops; grad(i, w, rows), full(i, w) -> [d]. -> (w, r of each round)."""
+    cfg, w, said = fed.cfg, fed.task.w0, []
+    own, g = {}, torch.zeros_like(w)
+    for t in range(rounds):
+        active, eta, ends, K = fed.clients(t), cfg.lr * cfg.lr_decay**t, {}, {}
+        p = {i: fed.task.sizes[i] / sum(fed.task.sizes[j] for j in active) if cfg.average == "size" else 1 / len(active) for i in active}
+        if algo != "fedga-previous":
+            own = {i: full(i, w) for i in active}
+            g = sum(p[i] * own[i] for i in active)
+            said.append(sum(p[i] * (own[i] - g).square().sum() / 2 for i in active))
+        for i, plan in zip(active, fed.plans(active, t)):
+            v = cfg.beta * (own.get(i, g) - g)
+            y = w if algo == "gradalign" else w + v
+            for rows in plan:
+                G = grad(i, y + v if algo == "gradalign" else y, rows)
+                y = y - eta * (G + cfg.weight_decay * y)
+            ends[i], K[i] = y - w - (0 if algo == "gradalign" else v), len(plan)
+        mean = sum(p[i] * ends[i] for i in active)
+        if algo == "fedga-previous":
+            own |= {i: -ends[i] / (K[i] * eta) for i in active}
+            g = -mean / (eta * sum(p[i] * K[i] for i in active))
+            centre = sum(p[i] * own[i] for i in active)
+            said.append(sum(p[i] * (own[i] - centre).square().sum() / 2 for i in active))
+        w = w + cfg.server_lr * mean
+    return w, own, g, [float(r) for r in said]
+
+
+ALIGN_KNOBS = {"beta": 0.2, "clip": 0.0, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
+
+
+def agrees_with_aligned_oracle(algo, fed, grad, full):
+    w, own, g, said = aligned_oracle(algo, fed, grad, full, 6)
+    for r in said:
+        fed.round()
+        assert fed.report == {"gradient_variance": pytest.approx(r, rel=1e-9)}
+    assert torch.allclose(fed.w, w, rtol=1e-11, atol=1e-12) and (fed.w - fed.task.w0).norm() > 1e-2
+    if algo == "fedga-previous":
+        assert torch.allclose(fed.method.g, g, rtol=1e-10, atol=1e-12) and len(fed.memory.slot) > fed.cfg.participation
+        assert all(torch.allclose(fed.memory.read([i], None)[0, 0], row, rtol=1e-10, atol=1e-12) for i, row in own.items())
+
+
+@pytest.mark.parametrize("algo", ALIGNED)
+def test_align_equals_slow_loops_on_quadratics(algo):
+    for average in ("uniform", "size"):
+        fed = quad(Quadratics(sizes=[1, 2, 3, 4, 5, 6, 7, 8]), algo, rounds=0, participation=3, average=average, **ALIGN_KNOBS)
+        agrees_with_aligned_oracle(algo, fed, lambda i, w, rows: fed.task.gradient(i, w), lambda i, w: fed.task.gradient(i, w))
+
+
+@pytest.mark.parametrize("algo", ALIGNED)
+def test_align_equals_slow_loops_on_a_network_with_unequal_clients(algo, bundled):
+    for chunk, average in ((1, "size"), (2, "uniform")):
+        fed = vision(algo, bundled, chunk=chunk, average=average, **ALIGN_KNOBS, **UNEVEN)
+        net, train = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train
+
+        def full(i, w, numbers=None):
+            nn.utils.vector_to_parameters(w, net.parameters())
+            numbers = fed.task.parts[i] if numbers is None else numbers
+            loss = F.cross_entropy(net((train.x[numbers].double() - train.mean) / train.std), train.y[numbers])
+            return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
+        agrees_with_aligned_oracle(algo, fed, lambda i, w, rows: full(i, w, rows[rows[:, 0] >= 0, 0]), full)
+
+
+def test_align_error_feedback_leaves_the_survey_alone():
+    plain, fed = (quad(Quadratics(), "fedga", TopK(2, f64), rounds=0, error_feedback=b, beta=0.2) for b in (False, True))
+    for _ in range(3):
+        fed.round()
+    plain.t, plain.w = fed.t, fed.w
+    assert fed.memory.table.shape == (8, 1, 6) and fed.memory.table.norm() > 0       # one residual, of the update
+    assert torch.equal(asked(plain, range(8))[0], asked(fed, range(8))[0])
+
+
+def test_align_a_survey_that_is_not_finite_names_the_client():
+    fed = quad(Quadratics(), "fedga", rounds=0)
+    fed.w = torch.full_like(fed.w, 1e308)
+    with pytest.raises(loop.Diverged, match=r"round 1, client \d.*1e\+308"):
+        fed.round()
+
+
 # --------------------------------------------------------------------------------------------------------- baselines
 TWELVE = ["fedprox", "scaffold", "feddyn", "fedcm", "fedadam", "mofedsam", "fedgamma", "fedspeed", "fedsmoo", "fedlesam-s", "fedlesam-d", "fedasam"]
 WITH_C, WITH_H = ("scaffold", "fedgamma", "fedlesam-s"), ("feddyn", "fedspeed", "fedsmoo", "fedlesam-d")      # c_i, c and h_i, h
-UNEVEN = {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2, "participation": 3}               # clients of unequal length
+WITH_ORACLE = [*TWELVE, "gcsam"]
+
+
+def slow_centralised(g, shapes):
+    """Each unit's incoming weights minus their mean, one unit after the other."""
+    g, at = g.clone(), 0
+    for shape in shapes:
+        for _ in range(shape[0]):
+            n = math.prod(shape[1:])
+            if len(shape) > 1:
+                g[at:at + n] -= g[at:at + n].sum() / n
+            at += n
+    assert at == len(g)
+    return g
 
 
 def oracle(algo, fed, grad, biases, rounds):
@@ -1377,7 +1777,7 @@ def oracle(algo, fed, grad, biases, rounds):
         for i, plan in zip(active, fed.plans(active, t)):
             x = w
             for rows in plan:
-                u, T = grad(i, x, rows), torch.ones_like(w)
+                u, T, longer = grad(i, x, rows), torch.ones_like(w), 1
                 if algo in ("fedprox", "scaffold", "feddyn", "fedcm", "fedadam"):
                     u = zero
                 elif "lesam" in algo:
@@ -1386,8 +1786,13 @@ def oracle(algo, fed, grad, biases, rounds):
                     u = u - mu_i[i] - s
                 elif algo == "fedasam":
                     T = torch.where(biases, 1.0, x.abs() + cfg.asam_eta)
-                eps = cfg.rho * T * T * u / (T * u).norm() if u.norm() > 0 else zero
+                elif algo == "gcsam":
+                    g, u = u, slow_centralised(u, fed.task.shapes)
+                    longer = g.norm() / u.norm() if cfg.gc_code else 1               # the code divides by the norm of all of g
+                eps = cfg.rho * T * T * u / (T * u).norm() / longer if u.norm() > 0 else zero
                 G, decay = grad(i, x + eps, rows), cfg.weight_decay
+                if algo == "gcsam" and not cfg.gc_code:
+                    G = slow_centralised(G, fed.task.shapes)
                 if algo in ("fedprox", *WITH_H) and cfg.prox_clip:
                     G = G + cfg.prox * (x - w + h_i[i])
                 elif algo in ("fedprox", *WITH_H):
@@ -1413,7 +1818,7 @@ def oracle(algo, fed, grad, biases, rounds):
             m = -mean / (eta * sum(K.values()) / len(K))
         if algo == "fedadam":
             m, v = cfg.adam_b1 * m + (1 - cfg.adam_b1) * mean, cfg.adam_b2 * v + (1 - cfg.adam_b2) * mean**2
-            w = w + cfg.server_lr * m / (v.sqrt() + cfg.adam_eps)
+            w = w + cfg.adam_lr * m / (v.sqrt() + cfg.adam_eps)
         else:
             w = w + (mean + sum(h_i) / N if algo in WITH_H else cfg.server_lr * mean)
     rows = [c_i] * (algo in WITH_C) + [h_i] * (algo in WITH_H) + [mu_i] * (algo == "fedsmoo") + [old] * ("lesam" in algo)
@@ -1433,21 +1838,21 @@ def agrees_with_oracle(algo, fed, grad, biases, rounds=6):
     assert all(near(getattr(fed.method, k), v) for k, v in state.items() if hasattr(fed.method, k))
 
 
-KNOBS = {"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "adam_eps": 0.1, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
+KNOBS = {"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "adam_eps": 0.1, "adam_lr": 0.6, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01}
 
 
-@pytest.mark.parametrize("algo", TWELVE)
+@pytest.mark.parametrize("algo", WITH_ORACLE)
 def test_baselines_equal_slow_loops_on_quadratics(algo):
     for clip in (0.0, 1.0):
-        fed = quad(Quadratics(), algo, rounds=0, participation=3, clip=clip, **KNOBS)
+        fed = quad(Quadratics(), algo, rounds=0, participation=3, clip=clip, gc_code=clip > 0, **KNOBS)
         agrees_with_oracle(algo, fed, lambda i, w, rows: fed.task.gradient(i, w), torch.zeros(6, dtype=bool))
 
 
-@pytest.mark.parametrize("algo", TWELVE)
+@pytest.mark.parametrize("algo", WITH_ORACLE)
 def test_baselines_equal_slow_loops_on_a_network_with_unequal_clients(algo, bundled):
     """nn.Module and autograd, batches without padding; one by one and under vmap, where short clients wait for long ones."""
     for chunk, prox_clip in ((1, True), (3, False)):
-        fed = vision(algo, bundled, chunk=chunk, clip=0.5, prox_clip=prox_clip, **KNOBS, **UNEVEN)
+        fed = vision(algo, bundled, chunk=chunk, clip=0.5, prox_clip=prox_clip, gc_code=prox_clip, **KNOBS, **UNEVEN)
         net, train = models.mlp_module(1, 28, 28, 10, 8).double(), fed.task.train
 
         def grad(i, w, rows):
@@ -1465,7 +1870,7 @@ def test_baselines_equal_slow_loops_on_a_network_with_unequal_clients(algo, bund
     ("mofedsam", {"rho": 0.0}, "fedcm"), ("mofedsam", {"momentum_alpha": 1.0}, "fedsam"), ("fedgamma", {"rho": 0.0}, "scaffold"),
     ("fedgamma", {"variate": 0.0}, "fedsam"), ("fedspeed", {"rho": 0.0}, "feddyn"), ("fedsmoo", {"rho": 0.0}, "feddyn"),
     ("fedlesam-s", {"rho": 0.0}, "scaffold"), ("fedlesam-s", {"variate": 0.0}, "fedlesam"), ("fedlesam-d", {"rho": 0.0}, "feddyn"),
-    ("fedasam", {"rho": 0.0}, "fedavg")])
+    ("fedasam", {"rho": 0.0}, "fedavg"), ("gcsam", {"rho": 0.0, "gc_code": True}, "fedavg"), ("dynafed-adam", {"finetune_epochs": 0}, "fedavg-adam")])
 def test_baselines_with_their_own_term_off_are_their_parents_bit_for_bit(algo, off, parent, bundled):
     for kw in ({}, {"compressor": QSGD(7, "max", 64)}, {"compressor": TopK(50), "error_feedback": True}):
         pair = [vision(a, bundled, torch.float32, begin=4, **kw, **off) for a in (algo, parent)]
@@ -1564,7 +1969,7 @@ def test_baselines_a_client_that_adds_up_what_it_meant_to_send_rests_beside_the_
     task = Quadratics(n=4, d=4, steps=5, spread=3.0)
     for compressor, beside in ((Identity(f64), False), (QSGD(4, "l2", 0, f64), True)):
         fed = quad(task, "fedavg", compressor, rounds=0, prox=1.0)
-        fed.method, fed.memory = Own(task, fed.cfg), loop.Memory(1, task.w0)
+        fed.method, fed.memory = Own(task, fed.cfg), memory.Memory(1, task.w0)
         for _ in range(120):
             fed.round()
         assert fed.move.norm() < 1e-9 and ((fed.w - task.best).norm() > 0.01 * (task.w0 - task.best).norm()) == beside
@@ -1595,11 +2000,11 @@ def test_baselines_fedcm_momentum_is_the_last_mean_update_in_gradient_scale():
 def test_baselines_fedadam_steps_are_its_formula():
     task = Quadratics()
     delta = quad(task, "fedavg").w - task.w0
-    fed = quad(task, "fedadam", server_lr=0.05)
+    fed = quad(task, "fedadam", adam_lr=0.05)
     assert torch.allclose(fed.w - task.w0, 0.05 * 0.1 * delta / (0.1 * delta.abs() + 0.01), rtol=1e-12)        # (1 - 0.99)^0.5 = 0.1
-    large = quad(task, "fedadam", rounds=3, server_lr=1e9, adam_eps=1e9, adam_b1=0.0, adam_b2=0.0)             # eps drowns sqrt(v)
+    large = quad(task, "fedadam", rounds=3, adam_lr=1e9, adam_eps=1e9, adam_b1=0.0, adam_b2=0.0)             # eps drowns sqrt(v)
     assert torch.allclose(large.w, quad(task, "fedavg", rounds=3).w, rtol=1e-8)
-    sign = quad(task, "fedadam", server_lr=0.05, adam_eps=1e-300, adam_b1=0.0, adam_b2=0.0)
+    sign = quad(task, "fedadam", adam_lr=0.05, adam_eps=1e-300, adam_b1=0.0, adam_b2=0.0)
     assert torch.allclose(sign.w - task.w0, 0.05 * delta.sign(), rtol=1e-9)
 
 
@@ -1647,17 +2052,76 @@ def test_baselines_fedasam_scales_weights_and_not_biases(bundled):
     assert torch.allclose(ball.w, vision("fedsam", bundled, begin=3, rho=0.05).w, atol=1e-6)
 
 
+def test_baselines_gcsam_never_moves_the_mean_weight_into_a_unit(bundled):
+    """As long as nothing but G moves w; by its released code it does. Without matrices there is nothing to centralise: FedSAM."""
+    into = lambda w, shapes: torch.cat([p.flatten(1).mean(1) for p in models.unflatten(w, shapes) if p.dim() > 1])                # noqa: E731
+    for code in (False, True):
+        fed = vision("gcsam", bundled, model="cnn", lr=0.3, begin=3, gc_code=code)
+        moved = (into(fed.w, fed.task.shapes) - into(fed.task.w0, fed.task.shapes)).abs().max()
+        assert (moved < 1e-14) != code and (fed.w - fed.task.w0).norm() > 0.1 and (not code or moved > 1e-5)
+        task = Quadratics()
+        task.shapes = [(6,)]
+        assert torch.equal(quad(task, "gcsam", rounds=3, gc_code=code).w, quad(task, "fedsam", rounds=3).w)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_baselines_local_adam_is_torchs_adam_kept_by_every_client(chunk, bundled):
+    """A module and an optimizer of its own for every client, over rounds; clients of unequal length."""
+    fed = vision("fedavg-adam", bundled, chunk=chunk, clip=0.5, weight_decay=0.01, lr=0.3, local_adam_lr=0.01, lr_decay=0.8, server_lr=0.7, **UNEVEN)
+    nets = [models.mlp_module(1, 28, 28, 10, 8).double() for _ in range(6)]
+    adams, train, w, steps = [torch.optim.Adam(net.parameters(), weight_decay=0.01) for net in nets], fed.task.train, fed.w, [0] * 6
+    for t in range(5):
+        active, ends = fed.clients(t), []
+        for i, plan in zip(active, fed.plans(active, t)):
+            nn.utils.vector_to_parameters(w, nets[i].parameters())
+            for p in nets[i].parameters():
+                p.data = p.data.clone()                                              # it would be a view of w
+            adams[i].param_groups[0]["lr"], steps[i] = 0.01 * 0.8**t, steps[i] + len(plan)
+            for rows in plan:
+                numbers = rows[rows[:, 0] >= 0, 0]
+                adams[i].zero_grad()
+                F.cross_entropy(nets[i]((train.x[numbers].double() - train.mean) / train.std), train.y[numbers]).backward()
+                norm = torch.cat([p.grad.flatten() for p in nets[i].parameters()]).norm()
+                for p in nets[i].parameters():
+                    p.grad *= min(1, 0.5 / norm)
+                adams[i].step()
+            ends.append(nn.utils.parameters_to_vector(nets[i].parameters()).detach())
+        w = w + 0.7 * (torch.stack(ends).mean(0) - w)
+        fed.round()
+        assert torch.allclose(fed.w, w, rtol=1e-9, atol=1e-11), t
+    assert len(set(steps)) > 2 and max(steps) > len(plan)                            # unequal, and somebody came again
+    for i in fed.memory.slot:
+        m, v, k = fed.memory.read([i], None)[0]
+        assert (k == steps[i]).all()
+        for mine, name in ((m, "exp_avg"), (v, "exp_avg_sq")):
+            theirs = torch.cat([adams[i].state[p][name].flatten() for p in nets[i].parameters()])
+            assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12) and theirs.norm() > 0
+
+
+def test_baselines_local_adam_corrects_its_bias_in_float32_too():
+    """The first step is eta long in every coordinate, and 1 - 0.999 in float32 would be wrong by 1e-5."""
+    method = baselines.LocalAdam(Quadratics(), config.Config(algo="fedavg-adam", clip=0.0, lr=0.5, local_adam_lr=0.5))
+    g = torch.linspace(-1, 1, 6)
+    method.gradient = lambda w, rows, me, uphill: g
+    w, me = method.step(torch.zeros(6), None, fl.Client(None, torch.zeros(3, 6)), torch.tensor(1.0), None)
+    assert torch.allclose(w, -g.sign(), rtol=1e-6) and torch.equal(me.memory[2], torch.ones(6))
+    w, me = method.step(torch.zeros(6), None, fl.Client(None, torch.zeros(3, 6)), torch.tensor(0.0), None)
+    assert torch.equal(w, torch.zeros(6)) and torch.equal(me.memory, torch.zeros(3, 6))                # padding
+
+
 @pytest.mark.parametrize("algo", [a for a in baselines.METHODS if a != "fedsynsam"])
 def test_baselines_clients_read_only_what_came_through_the_wire(algo, bundled):
     """A client in another process: a fresh method that has seen `receive` and its own memory, and nothing else."""
     fed = vision(algo, bundled, begin=3, **UNEVEN)
     elsewhere, clients = baselines.METHODS[algo](fed.task, fed.cfg), fed.clients(3)
     (w, *extra), _ = fed.through_wire(fed.method.broadcast(fed.w))
-    ends = []
+    said, ends = asked(fed, clients)[0] if algo in ALIGNED else [None] * 3, []
     for method in (fed.method, elsewhere):
         method.receive(w, extra)
-        memory = fed.memory.read(clients, method.first_memory(w))
-        ends.append([loop.local_training(method, w, own, plan, 0.05) for own, plan in zip(memory, fed.plans(clients, 3))])
+        memory, fed.method = fed.memory.read(clients, method.first_memory(w)), method
+        if method.surveys:
+            fed.announce(said, clients)
+        ends.append([loop.local_training(method, w, own, plan, 0.05, s) for own, plan, s in zip(memory, fed.plans(clients, 3), said)])
     for (sent, kept), (sent2, kept2) in zip(*ends):
         assert torch.equal(sent, sent2) and torch.equal(kept, kept2)
 
@@ -1666,9 +2130,10 @@ def test_baselines_clients_read_only_what_came_through_the_wire(algo, bundled):
 def test_baselines_padded_steps_change_neither_message_nor_memory(algo, bundled):
     fed = vision(algo, bundled, begin=3, weight_decay=0.1, **UNEVEN)
     fed.method.receive(fed.w, fed.method.broadcast(fed.w)[1:])
-    for i, plan in zip(fed.clients(3), fed.plans(fed.clients(3), 3)):
+    said = asked(fed, fed.clients(3))[0] if algo in ALIGNED else [None] * 3
+    for i, plan, s in zip(fed.clients(3), fed.plans(fed.clients(3), 3), said):
         own = fed.memory.read([i], fed.method.first_memory(fed.w))[0]
-        ends = [loop.local_training(fed.method, fed.w, own, p, 0.05) for p in (plan, F.pad(plan, (0, 0, 0, 0, 0, 5), value=-1))]
+        ends = [loop.local_training(fed.method, fed.w, own, p, 0.05, s) for p in (plan, F.pad(plan, (0, 0, 0, 0, 0, 5), value=-1))]
         assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
 
 
@@ -1684,18 +2149,21 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     m, d, K, kind = 4, len(fed.w), 3, type(fed.method)
     line = next(row for row in run.listing(cfg).splitlines() if row.startswith(f"| {algo} "))
     name, parent, gradients, ups, bytes_up, downs, bytes_down, client, server, source = [cell.strip() for cell in line.strip("|").split("|")]
-    assert len(calls) == m * K * int(gradients)
+    whole = sum(len(fed.task.everything(i)) for i in fed.clients(3)) * gradients.endswith(" + all")
+    assert len(calls) == m * K * int(gradients.split()[0]) + whole and (whole > 0) == ("one over all images a round" in kind.__doc__)
     assert (fed.up - up, fed.down - down) == tuple(m * int(b.replace(",", "")) for b in (bytes_up, bytes_down))
     vectors_down = (fed.down - down) // m // (4 * d)
     count = lambda text: int((re.match(r"(\d+)?", text).group() or (0 if text == "-" else 1)))                   # noqa: E731
-    assert count(ups) == kind.uplinks and count(downs) == vectors_down and ("parcel" in downs) == (algo == "fedsynsam")
+    assert count(ups) == kind.uplinks + kind.surveys and count(downs) == vectors_down and ("parcel" in downs) == (algo == "fedsynsam")
     rows = fed.memory.table.shape[1]
     assert count(client) == rows and (rows == 0 or len(fed.memory.slot) >= m)
     fresh = kind(fed.task, fed.cfg)
     assert [s.removesuffix(" [d]") for s in server.split(", ")] == ([k for k in vars(fresh) if k not in ("task", "cfg")] or ["-"])
     assert all(re.search(rf"\b{k}\b", kind.__doc__) for k, v in vars(fresh).items() if torch.is_tensor(v))
     fresh.receive(fed.w, fed.method.broadcast(fed.w)[1:])
-    assert set(vars(fed.method)) - {"grad_of"} == set(vars(fresh))                   # no state that the list does not know
+    if kind.surveys:
+        fresh.hear(fed.w[None])
+    assert set(vars(fed.method)) - {"grad_of", "functional"} == set(vars(fresh))                   # no state that the list does not know
     assert all(p in parent for p in (c.__name__ for c in kind.__bases__ if c is not object)) and len(source) > 8
     said = re.search(r"(\d )?d floats up(?: and down|[^;]*?, (\d )?d down)", kind.__doc__.replace("\n", " "))
     assert ups == ("D_syn" if algo == "fedsynth" else "d" if kind.uplinks == 1 else f"{kind.uplinks} d")
@@ -1704,11 +2172,11 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
         assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "0 gradients a step" in kind.__doc__
     elif not issubclass(kind, fl.Distilling) or said:
         both = "and down" in said.group()
-        assert int(said.group(1) or 1) == kind.uplinks and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
-        assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients)
+        assert int(said.group(1) or 1) == kind.uplinks + kind.surveys and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
+        assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients.split()[0])
 
 
-@pytest.mark.parametrize("algo", TWELVE)
+@pytest.mark.parametrize("algo", [*WITH_ORACLE, *ALIGNED, "fedavg-adam"])
 def test_baselines_continue_from_a_checkpoint_bit_for_bit(algo, tmp_path):
     kw = {"participation": 3, "error_feedback": True, "lr": 0.05, "server_lr": 0.5, "rho": 0.05, "prox": 0.5, "lr_decay": 0.9}
     whole, first, second = (quad(Quadratics(), algo, TopK(3, f64), rounds=r, **kw) for r in (8, 4, 0))
@@ -1745,11 +2213,11 @@ def three_rounds_of_every_method(path, **kw):
     for algo in baselines.METHODS:
         fed = vision(algo, bundled, compressor=QSGD(7, "max", 64, f64), begin=3, **kw)         # top-k would be torn by ties: pixels repeat
         table = fed.memory.table[[fed.memory.slot[i] for i in sorted(fed.memory.slot)]]
-        loss = loop.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
+        loss = tasks.evaluate(fed.task.apply, fed.w, fed.task.train, chunk=50)
         own = (fed.w, fed.up, fed.down, fed.move)
         for theirs in ranks.gathered(lambda: own):
             assert torch.equal(theirs[0], own[0]) and theirs[1:3] == own[1:3] and torch.equal(theirs[3], own[3])           # all ranks agree
-        out[algo] = [fed.w, table, torch.tensor([*loss, fed.up, fed.down], dtype=f64)]
+        out[algo] = [fed.w, table, torch.tensor([*loss, fed.up, fed.down, *fed.report.values()], dtype=f64)]
     if ranks.rank() == 0:
         torch.save(out, path)
 
@@ -1849,25 +2317,190 @@ def test_ranks_wrong_input_and_divergence_are_said_once(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------------- sharpness
+def symmetric(values, seed=0):
+    """A dense symmetric matrix with these eigenvalues; its eigenvectors."""
+    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed))
+    return q @ torch.diag(values.to(f64)) @ q.T, q
+
+
+def tiny_objective(bundled, model, n=60, chunk=25, **kw):
+    """The Objective of `model` on n of the bundled images, shrunk to 7 x 7 unless the model is a cnn; and the loss, written down plainly."""
+    small = slice(None) if model.shapes[0][-1] == 5 else slice(None, None, 4)
+    images = bundled.train._replace(x=bundled.train.x[:n, :, small, small], y=bundled.train.y[:n], mean=bundled.train.mean.double(), std=bundled.train.std.double())
+    x, y, _ = next(images.chunks(n))
+    return sharpness.Objective(model.apply, images, chunk=chunk, **kw), lambda v: F.cross_entropy(model.apply(v, x), y)
+
+
 def test_sharpness_lanczos_finds_the_ends_of_a_known_spectrum():
-    q, _ = torch.linalg.qr(randn(40, 40))
     for values in (torch.linspace(0.1, 7, 40), torch.cat([torch.linspace(-9, -1, 10), torch.linspace(0, 3, 30)])):
-        A = q @ torch.diag(values.to(f64)) @ q.T
+        A, _ = symmetric(values)
         ritz = sharpness.lanczos(lambda v: A @ v, randn(40, seed=3), 40, tolerance=0)
-        assert torch.allclose(ritz[[0, -1]], torch.stack([values.min(), values.max()]).to(f64), rtol=1e-9)
-    assert sharpness.extreme(ritz) == pytest.approx(-9)                              # the sign is reported
-    assert len(sharpness.lanczos(lambda v: 2 * v, randn(40), 40)) == 1               # one product exhausts the space
+        assert torch.allclose(ritz.values[[0, -1]], torch.stack([values.min(), values.max()]).to(f64), rtol=1e-9)
+        y = ritz.coordinates.T @ ritz.basis
+        assert torch.allclose(y @ y.T, torch.eye(len(y), dtype=f64), atol=1e-9) and torch.allclose(y @ A, ritz.values[:, None] * y, atol=1e-6)
+    assert len(sharpness.lanczos(lambda v: 2 * v, randn(40), 40).values) == 1        # one product exhausts the space
 
 
-def test_sharpness_top_eigenvalue_is_that_of_the_dense_hessian(bundled):
-    images = bundled.train._replace(x=bundled.train.x[:60, :, ::4, ::4], y=bundled.train.y[:60], mean=bundled.train.mean.double(),
-                                    std=bundled.train.std.double())
+def test_sharpness_top_eigenvalues_are_the_largest_in_magnitude_with_sign_and_vector():
+    values = torch.cat([torch.tensor([-9.0, 7, 5, -4.5]), torch.linspace(-3, 3, 96)])
+    A, q = symmetric(values)
+    top = sharpness.top_eigenvalues(lambda v: A @ v, randn(100), k=4, tolerance=1e-9)
+    assert torch.allclose(top.values, values[:4].to(f64), rtol=1e-8) and (top.errors <= 1e-9 * top.values.abs()).all()
+    assert torch.allclose((top.vectors @ q[:, :4]).abs(), torch.eye(4, dtype=f64), atol=1e-4)
+    for k in (0, 101):
+        with pytest.raises(ValueError, match=r"1\.\.100"):
+            sharpness.top_eigenvalues(lambda v: A @ v, randn(100), k)
+
+
+def test_sharpness_lanczos_stops_when_its_errors_are_small_and_they_are_honest():
+    for seed in range(5):
+        values = torch.cat([torch.tensor([8.0, 7, -6]), torch.randn(497, generator=seeded(seed))])
+        A, _ = symmetric(values, seed)
+        ritz, count = sharpness.lanczos(lambda v: A @ v, randn(500, seed=seed + 9), 100, tolerance=1e-4, k=3), []
+        top = ritz.values.abs().argsort(descending=True)[:3]
+        missing = (ritz.values[top] - values[:3]).abs()
+        assert (missing <= 2 * sharpness.errors(ritz)[top] + 1e-6).all() and (missing <= 2e-4 * values[:3].abs()).all()
+        assert len(ritz.values) < 30 and (missing <= ritz.residuals[top] + 1e-6).all()
+
+
+def test_sharpness_spectrum_of_a_network_is_that_of_the_dense_hessian(bundled):
     model = models.build("mlp", (1, 7, 7), 10, hidden=3, dtype=f64)
-    x, y, _ = next(images.chunks(60))
+    objective, loss = tiny_objective(bundled, model)
     for w in (model.w0, model.w0 + randn(len(model.w0))):
-        dense = torch.linalg.eigvalsh(torch.func.hessian(lambda v: F.cross_entropy(model.apply(v, x), y))(w))
-        top = sharpness.top_eigenvalue(model.apply, w, images, chunk=25, steps=60)
-        assert top == pytest.approx(sharpness.extreme(dense), rel=1e-4)
+        H = torch.func.hessian(loss)(w)
+        dense = torch.linalg.eigvalsh(H)
+        matvec = objective.hessian(w)
+        top = sharpness.top_eigenvalues(matvec, w, k=5, tolerance=1e-8)
+        assert torch.allclose(top.values, dense[dense.abs().argsort(descending=True)[:5]], rtol=1e-6)
+        ends = sharpness.lanczos(matvec, randn(len(w), seed=5), 60, tolerance=0).values[[0, -1]]
+        assert torch.allclose(ends, dense[[0, -1]], rtol=1e-6)
+        assert sharpness.top_eigenvalue(model.apply, w, objective.images) == pytest.approx(float(top.values[0]), rel=1e-4)
+    assert sharpness.top_eigenvalues(lambda v: -matvec(v), w).values[0] < 0                       # |lambda_min| > lambda_max
+
+
+def test_sharpness_chunks_threads_and_kept_graphs_change_nothing(bundled, monkeypatch):
+    model = models.build("cnn", (1, 28, 28), 10, width=2, hidden=4, dtype=f64)
+    v, w, anew = randn(len(model.w0)), model.w0, []
+    once = sharpness.hessian_vector
+    monkeypatch.setattr(sharpness, "hessian_vector", lambda *a: anew.append(1) or once(*a))
+    whole, loss = tiny_objective(bundled, model, 20, chunk=20)
+    assert whole.loss(w) == pytest.approx(float(loss(w)), rel=1e-12) and torch.allclose(whole.gradient(w), torch.func.grad(loss)(w), rtol=1e-9, atol=1e-14)
+    expected, pool = torch.func.jvp(torch.func.grad(loss), (w,), (v,))[1], ThreadPoolExecutor(2)
+    results = []
+    for each, memory, n in ((map, 2**30, 0), (pool.map, 2**30, 0), (map, 0, 3), (pool.map, 0, 3), (map, 600_000, 2)):
+        anew.clear()
+        objective, _ = tiny_objective(bundled, model, 20, chunk=7, each=each, memory=memory)
+        matvec = objective.hessian(w)
+        results.append((objective.loss(w), objective.gradient(w), matvec(v)))
+        assert len(anew) == n and torch.equal(matvec(v), results[-1][2])             # graphs are kept, and stay usable
+    for a, b, c in results:
+        assert a == results[0][0] and torch.equal(b, results[0][1]) and torch.equal(c, results[0][2])
+    assert torch.allclose(c, expected, rtol=1e-9, atol=1e-12) and torch.allclose(b, whole.gradient(w), rtol=1e-9, atol=1e-12)
+
+
+def test_sharpness_trace_is_exact_for_a_diagonal_and_knows_its_error():
+    values = torch.linspace(-1, 3, 20)
+    diagonal = sharpness.trace(lambda v: values * v, values, samples=1)
+    assert diagonal.estimate == pytest.approx(float(values.sum()), rel=1e-6) and math.isnan(diagonal.error)
+    assert sharpness.trace(lambda v: values * v, values, samples=5).error == pytest.approx(0, abs=1e-6)
+    A, _ = symmetric(values)
+    n, found = 3000, sharpness.trace(lambda v: A @ v, A[0], samples=3000)
+    assert abs(found.estimate - A.trace()) < 4 * found.error
+    assert n * found.error**2 == pytest.approx(float(2 * (A.square().sum() - A.diag().square().sum())), rel=0.15)
+
+
+def test_sharpness_spectrum_has_the_moments_of_the_matrix():
+    A, _ = symmetric(torch.cat([torch.tensor([-4.0, 9]), torch.linspace(-1, 1, 58)]))
+    spec = sharpness.spectrum(lambda v: A @ v, A[0], starts=3, steps=8, seed=2)
+    for p in range(16):                                                              # exact for the starts that were drawn
+        exact = torch.stack([v @ torch.linalg.matrix_power(A, p) @ v / 60 for v in sharpness.signs(3, A[0], 2)]).mean()
+        assert torch.allclose(spec.weights @ spec.values**p, exact, rtol=1e-8)
+    runs = [sharpness.spectrum(lambda v: A @ v, A[0], starts=1, steps=8, seed=s) for s in range(200)]
+    for p in (1, 2):                                                                 # and right on the mean
+        moments = torch.stack([r.weights @ r.values**p for r in runs])
+        assert abs(moments.mean() - torch.linalg.matrix_power(A, p).trace() / 60) < 4 * moments.std() / 200**0.5
+    for width in (None, 0.3):
+        x, y = sharpness.density(spec, 2000, width)
+        assert torch.trapezoid(y, x) == pytest.approx(1, abs=1e-4) and torch.trapezoid(x * y, x) == pytest.approx(float(spec.weights @ spec.values), abs=1e-3)
+    one, height = sharpness.density(sharpness.Spectrum(torch.tensor([2.0]), torch.tensor([1.0])), 1001, 0.3)
+    assert height[500] == pytest.approx(1 / (0.3 * math.sqrt(2 * math.pi)), rel=1e-4) and one[500] == pytest.approx(2)
+
+
+# --------------------------------------------------------------------------------------------------------- landscape
+def highest(A, g, rho):
+    """max of g'e + e'Ae / 2 in the ball (not concave there): e = (mu I - A)^{-1} g with mu > lambda_max such that ||e|| = rho, by bisection."""
+    values, q = torch.linalg.eigh(A)
+    c, low, high = q.T @ g, values[-1], values[-1] + g.norm() / rho
+    for _ in range(200):
+        mu = (low + high) / 2
+        low, high = (mu, high) if (c / (mu - values)).norm() > rho else (low, mu)
+    e = q @ (c / (high - values))
+    return float(g @ e + e @ A @ e / 2)
+
+
+@pytest.mark.parametrize("least", (0.1, -9.0))
+def test_landscape_sam_sharpness_is_the_maximum_over_the_ball(least):
+    A, _ = symmetric(torch.cat([torch.tensor([7.0, 5, least]), torch.linspace(0.2, 4, 37)]))
+    loss, rho = lambda w: float(w @ A @ w / 2), 0.3
+    at_minimum = landscape.sam_sharpness(loss, lambda w: A @ w, torch.zeros(40, dtype=f64), rho, steps=100)
+    assert at_minimum.ascent == pytest.approx(0.5 * 7 * rho**2, rel=1e-6) and at_minimum.one_step == 0 and at_minimum.rho == rho
+    w = randn(40, seed=1) * 0.1
+    g, found = A @ w, landscape.sam_sharpness(loss, lambda w: A @ w, w, rho, steps=100)
+    e = rho * g / g.norm()
+    assert found.one_step == pytest.approx(float(g @ e + e @ A @ e / 2), rel=1e-9)
+    assert found.ascent == pytest.approx(highest(A, g, rho), rel=1e-4) and found.ascent > found.one_step + 1e-3
+    assert landscape.sam_sharpness(loss, lambda w: A @ w, w, 0.0).ascent == 0
+
+
+def test_landscape_m_sharpness_is_the_mean_over_batches(bundled):
+    model = models.build("mlp", (1, 7, 7), 10, hidden=3, dtype=f64)
+    objective, loss = tiny_objective(bundled, model)
+    whole = landscape.sam_sharpness(objective.loss, objective.gradient, model.w0, 0.1, 5)
+    assert landscape.m_sharpness(objective, model.w0, 0.1, 60, 5) == pytest.approx(whole)
+    x, y, _ = next(objective.images.chunks(50))
+    parts = [lambda v, s=s: F.cross_entropy(model.apply(v, x[s]), y[s]) for s in (slice(0, 25), slice(25, 50))]        # the last 10 are left out
+    slow = [landscape.sam_sharpness(lambda v: float(part(v)), torch.func.grad(part), model.w0, 0.1, 5) for part in parts]
+    halves = landscape.m_sharpness(objective, model.w0, 0.1, 25, 5)
+    assert halves == pytest.approx(torch.tensor(slow, dtype=f64).mean(0).tolist()) and halves.ascent > whole.ascent
+    with pytest.raises(ValueError, match=r"1\.\.60"):
+        landscape.m_sharpness(objective, model.w0, 0.1, 61)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "convnet"])
+def test_landscape_every_filter_of_a_direction_has_the_length_of_the_models(name):
+    model = models.build(name, (1, 28, 28), 10, width=2, hidden=8)
+    d = landscape.filter_direction(model.w0, model.shapes, seed=3)
+    for p, q in zip(models.unflatten(model.w0, model.shapes), models.unflatten(d, model.shapes)):      # OIHW: independent of how w stores it
+        if p.dim() == 1:
+            assert not q.any()                                                       # biases and norms
+        else:
+            assert torch.allclose(q.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1), rtol=1e-5)
+            assert (F.cosine_similarity(p.flatten(1), q.flatten(1)).abs() < 1 - 1e-3).all()
+    assert torch.equal(d, landscape.filter_direction(model.w0, model.shapes, 3)) and sam.cosine(d, landscape.filter_direction(model.w0, model.shapes, 4)) < 0.5
+    zero = landscape.filter_direction(torch.zeros_like(d), model.shapes)
+    assert not zero.any()                                                            # and no 0 / 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_landscape_slices_do_not_see_a_rescaling_of_relu_layers(name, bundled):
+    model = models.build(name, (1, 28, 28) if name == "cnn" else (1, 7, 7), 10, width=2, hidden=4, dtype=f64)
+    objective, loss = tiny_objective(bundled, model, 20)
+    p = [q.clone() for q in models.unflatten(model.w0, model.shapes)]
+    for i, c in ((0, 5.0), (4, 0.3))[:len(p) // 4]:                                  # layer i, its bias and the next layer
+        p[i], p[i + 1], p[i + 2] = c * p[i], c * p[i + 1], p[i + 2] / c
+    curves = []
+    for w in (model.w0, models.flatten(p)):
+        d, e = (landscape.filter_direction(w, model.shapes, s) for s in (0, 1))
+        a, values = landscape.line(objective.loss, w, d, 5)
+        b, square = landscape.plane(objective.loss, w, d, e, 3, span=0.5)
+        assert a.tolist() == [-1, -0.5, 0, 0.5, 1] and b.tolist() == [-0.5, 0, 0.5]
+        assert values[2] == square[1, 1] == objective.loss(w) and values[4] == objective.loss(w + d)
+        assert square[2, 0] == pytest.approx(float(loss(w + 0.5 * d - 0.5 * e)), rel=1e-9) and torch.allclose(square[[0, 2], 1], values[[1, 3]], rtol=1e-9)
+        curves.append(torch.cat([values, square.flatten()]))
+    assert torch.allclose(*curves, rtol=1e-8) and curves[0].std() > 0.003
+    assert len(landscape.line(loss, model.w0, d)[0]) == 51
+    plain = [landscape.line(objective.loss, w, randn(len(w)) / len(w)**0.5, 5)[1] for w in (model.w0, models.flatten(p))]
+    assert not torch.allclose(*plain, rtol=1e-3)                                     # what the normalisation is for
 
 
 # -------------------------------------------------------------------------------------------------- config and run
@@ -1881,7 +2514,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "baselines.py", "synth.py", "loop.py", "experiment.py", "config.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -1897,6 +2530,30 @@ def test_config_names_every_compressor_with_its_settings():
     assert make(compress="dithering", nu=2) == SparseDithering(2) and make() == QSGD(1, "max", 512)
 
 
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_legal_settings_and_find_their_published_numbers(name):
+    table = presets.PRESETS[name].published
+    assert len(table) >= 6 and "arXiv" in presets.PRESETS[name].source + "arXiv" * name.startswith("flsim")
+    for (algo, split, man), number in table.items():
+        how = {"partition": "iid"} if split == "iid" else {"alpha": split}
+        cfg = config.Config(algo=algo, **{**presets.fields(name, algo), **how, "man": man, "seed": 3}).check()
+        assert presets.published(cfg) == number and 10 < number < 100
+        for change in ({"rho": 0.3}, {"clients": 101}, {"partition": "shards"}, {"preset": ""}, {"alpha": 7.0, "partition": cfg.partition if split != "iid" else "dirichlet"}):
+            assert presets.published(dataclasses.replace(cfg, **change)) is None
+    assert dataclasses.replace(cfg, preset="").hash() == cfg.hash()                   # where settings came from does not change them
+
+
+def test_presets_print_the_published_number_beside_ours_and_yield_to_flags(tmp_path, capsys, monkeypatch):
+    words = run.parser().parse_args("--preset fedwmsam-fmnist --algo fedsam fedsmoo fedavg --batch 25".split())
+    rho = {c.algo: (c.rho, c.batch, c.model, c.preset) for c in run.configs_of(words)}
+    assert rho == {"fedsam": (0.01, 25, "mlp", "fedwmsam-fmnist"), "fedsmoo": (0.1, 25, "mlp", "fedwmsam-fmnist"), "fedavg": (0.1, 25, "mlp", "fedwmsam-fmnist")}
+    tiny = {"rounds": 2, "clients": 4, "participation": 2, "local_steps": 1, "model": "mlp", "hidden": 4, "measure_images": 50, "alpha": 0.5}
+    monkeypatch.setitem(presets.PRESETS, "tiny", presets.Preset("A paper (arXiv 1), table 2", tiny, {}, presets.rows((0.5,), "fedavg 12.34")))
+    assert "| published % |" in (out := main(capsys, "--preset", "tiny", "--algo", "fedavg", "fedcm", "--out", tmp_path)[1]) and "| 12.34 |" in out and "| - |" in out
+    assert "12.34 % test (A paper (arXiv 1))" in main(capsys, "--preset", "tiny", "--algo", "fedavg", "--out", tmp_path)[1]
+    assert "12.34" not in main(capsys, "--preset", "tiny", "--algo", "fedavg", "--out", tmp_path, "--lr", 0.3)[1]
+
+
 @pytest.mark.parametrize("words, hint", [
     ("--algo fedsinsam", "did you mean 'fedsynsam'"), ("--algo FEDAVG", "'fedavg'"), ("--alpha 0", "alpha = 0.0 must be above 0"),
     ("--alpha -1", "above 0"), ("--alpha nan", "not a finite number"), ("--clients 9001 --participation 1", "must be in 1..9000"),
@@ -1909,8 +2566,8 @@ def test_config_names_every_compressor_with_its_settings():
     ("--name a/b", "plain folder name"), ("--seeds 0", "1..1000"), ("--window 99", "1..10"), ("--partition shards --classes-per-client 11", "cannot cover"),
     ("--warmup 9 --rounds 9", "below rounds"), ("--compress randk --error-feedback", "contractive"), ("--dataset {names}", "classes is (2,)"),
     ("--clients 5000 --participation 1 --partition shards --classes-per-client 2", "without images"), ("--resume {folder} --rounds 3", "leave out --rounds"),
-    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"),
-    ("--momentum-alpha 0", "above 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
+    ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--preset fedwmsam", "did you mean 'fedwmsam-fmnist'"), ("--lr-decay 0", "above 0"),
+    ("--momentum-alpha 0", "above 0"), ("--man -0.1", "at least 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
     ("--algo fedsynth --error-feedback", "--fs-objective update"), ("--fs-steps 0", "at least 1"), ("--fs-step 0", "above 0"), ("--fs-format int8", "did you mean 'uint8'"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
@@ -2036,7 +2693,7 @@ def test_run_explain_shows_the_source_that_differs(name, capsys):
         if inspect.isfunction(value):
             assert all(line.strip() in out for line in inspect.getsource(value).splitlines())
     assert all(base.__name__ in out for base in method.__bases__ if base is not object)
-    assert len(method.__bases__) < 2 or "direction: as " in out                      # a crossing: who answers what
+    assert len(method.__bases__) < 2 or ": as " in out                               # a crossing: who answers what
 
 
 def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
@@ -2046,7 +2703,7 @@ def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
 
 
 def test_a_method_is_at_most_about_ten_lines_of_difference():
-    for method in {*baselines.METHODS.values(), fl.Distilling}:
+    for method in {*baselines.METHODS.values(), fl.Distilling, align.Displaced}:
         if method is not fl.FedAvg:
             lines = [line.strip() for line in inspect.getsource(method).replace(method.__doc__, "").splitlines()]
             assert sum(1 for line in lines if line and not line.startswith(("class ", "def ", '"""'))) <= 12, method
@@ -2057,7 +2714,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "baselines", "tasks", "memory", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -2081,7 +2738,7 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
 
 
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "models", "fl", "baselines", "ranks", "loop", "config", "experiment", "run"]
+    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "baselines", "ranks", "tasks", "memory", "loop", "config", "presets", "experiment", "study", "run"]
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
@@ -2154,6 +2811,6 @@ def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):
                         torch.tensor([255.0]), list(range(10)))
     cfg = config.Config(algo="fedsam", model="mlp", clients=4, participation=4, local_epochs=space["K"], batch=30, lr=space["eta"], rho=space["rho"])
     net = models.build("mlp", (1, 28, 28), 10, hidden=16, seed=0)
-    fed = loop.Federation(fl.FedSAM(loop.Task(net, train, list(torch.arange(120).split(30)), cfg), cfg), TopK(space["k"]))
+    fed = loop.Federation(fl.FedSAM(tasks.Task(net, train, list(torch.arange(120).split(30)), cfg), cfg), TopK(space["k"]))
     fed.round()
     assert torch.allclose(fed.w, space["w"], rtol=1e-4, atol=1e-6) and (fed.w - net.w0).abs().max() > 1e-3

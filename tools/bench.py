@@ -148,9 +148,9 @@ def accuracy(algo, small, w):
     import torch
 
     import experiment
-    import loop
+    import tasks
     images, fed = experiment.compose(workload(algo, small))
-    return loop.evaluate(fed.task.apply, torch.from_numpy(w), images.test)[1]
+    return tasks.evaluate(fed.task.apply, torch.from_numpy(w), images.test)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- phases
