@@ -1494,10 +1494,10 @@ def test_fl_fedsynth_server_needs_the_buffer_and_the_model_alone(objective, bund
 
 
 def test_fl_fedsynth_learns_above_chance_and_without_local_steps(bundled):
-    kw = {"clients": 4, "participation": 4, "alpha": 100.0, "hidden": 16, "batch": 20, "fs_images": 10, "fs_steps": 25, "fs_step": 0.3, "lr": 0.2,
+    kw = {"clients": 4, "participation": 4, "alpha": 100.0, "hidden": 16, "batch": 20, "fs_images": 10, "fs_steps": 15, "fs_step": 0.3, "lr": 0.2,
           "dtype": torch.float32}
     for objective in ("data", "update"):
-        fed = vision("fedsynth", bundled, begin=6, local_steps=10, fs_objective=objective, **kw)
+        fed = vision("fedsynth", bundled, begin=4, local_steps=10, fs_objective=objective, **kw)
         assert tasks.evaluate(fed.task.apply, fed.w, bundled.val)[1] > 0.3, objective
     calls, fed.method.grad_of = [], lambda loss, w: calls.append(1)
     data_only = vision("fedsynth", bundled, **kw)
@@ -2166,7 +2166,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     assert set(vars(fed.method)) - {"grad_of", "functional"} == set(vars(fresh))                   # no state that the list does not know
     assert all(p in parent for p in (c.__name__ for c in kind.__bases__ if c is not object)) and len(source) > 8
     said = re.search(r"(\d )?d floats up(?: and down|[^;]*?, (\d )?d down)", kind.__doc__.replace("\n", " "))
-    assert ups == ("D_syn" if algo == "fedsynth" else "d" if kind.uplinks == 1 else f"{kind.uplinks} d")
+    assert (ups == "D_syn") == (algo == "fedsynth")
     if algo == "fedsynth":
         masked = config.compressor(config.Config(compress="randk", scaled=False, k=int(re.search(r"--k (\d+)", run.listing(cfg)).group(1))), d)
         assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "0 gradients a step" in kind.__doc__
