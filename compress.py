@@ -266,6 +266,11 @@ def index_bits(d):
     return (d - 1).bit_length()
 
 
+def masking_within(size, dtype=torch.float32):
+    """Random masking at equal bytes: the k of the largest RandK buffer of at most `size` bytes, for any vector [d].  Source: definition."""
+    return (size - 12) // dtype.itemsize                              # the seed takes 8 bytes, the checksum 4
+
+
 def check_k(k, d):
     """ValueError unless k of a vector [d] can be kept: 1 <= k <= d.  Source: definition."""
     if not 1 <= k <= d:

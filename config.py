@@ -22,6 +22,7 @@ import data
 import fl
 import models
 import split
+import synth
 
 
 def option(default, text, *legal):
@@ -110,6 +111,17 @@ class Config:
     finetune_epochs: int = option(20, "DynaFed: server epochs on the synthetic data a round [DynaFed]")
     finetune_lr: float = option(1e-4, "DynaFed: Adam rate of the server [DynaFed]")
     finetune_batch: int = option(256, "DynaFed: images per server step [DynaFed]")
+    # an update as data (FedSynth)
+    fs_objective: str = option("data", "learn what does well on the client's data [paper], or what reproduces its update [Goetz and Tewari]", "data", "update")
+    fs_batches: int = option(4, "synthetic batches M, used one after the other [ours]")
+    fs_images: int = option(4, "images of a synthetic batch n [ours]")
+    fs_steps: int = option(20, "Adam steps S of a client in a round [ours]")
+    fs_rate_images: float = option(0.1, "Adam rate of the images [ours]")
+    fs_rate_labels: float = option(0.1, "Adam rate of the label logits [ours]")
+    fs_rate_step: float = option(0.005, "Adam rate of the step size [ours]")
+    fs_step: float = option(0.2, "first value of the step size a [ours]")
+    fs_labels: float = option(1.0, "first label logits are this times one-hot, of the client's own labels [ours]")
+    fs_format: str = option("uint8", "how the images are sent; labels and step size are float32 [ours]", *synth.FORMATS)
     # measuring
     eval_every: int = option(2, "rounds between evaluations (the last round is always evaluated)")
     last: int = option(5, "the reported accuracy is the mean over this many last evaluations")
@@ -144,7 +156,9 @@ class Config:
                 ("resynthesize", 0, None), ("ipc", 1, 1000), ("outer_steps", 1, None), ("inner_steps", 1, 1000), ("window", 1, self.warmup if distils else None),
                 ("rate_images", 0, None), ("rate_labels", 0, None), ("rate_step", 0, None), ("mix", 0, 1), ("asam_eta", 0, None), ("man", 0, None), ("prox", 0, None),
                 ("variate", 0, None), ("beta", 0, None), ("momentum_alpha", 0, 1), ("adam_b1", 0, 0.9999), ("adam_b2", 0, 0.9999), ("finetune_epochs", 0, None),
-                ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None), ("measure_every", 0, None), ("oracle_images", 1, None),
+                ("finetune_lr", 0, None), ("finetune_batch", 1, None), ("fs_batches", 1, 1000), ("fs_images", 1, 1000), ("fs_steps", 1, 10**5),
+                ("fs_rate_images", 0, None), ("fs_rate_labels", 0, None), ("fs_rate_step", 0, None), ("fs_labels", 0, None),
+                ("eval_every", 1, None), ("last", 1, None), ("measure_images", 1, None), ("measure_every", 0, None), ("oracle_images", 1, None),
                 ("procs", 0, 1024), ("threads", 0, 1024), ("chunk", 0, None), ("checkpoint_every", 1, None)):
             value = getattr(self, name)
             if value < low or high is not None and value > high:
@@ -156,9 +170,11 @@ class Config:
             raise ValueError(f"compile needs one client after the other; chunk = {self.chunk} must be 1 or 0")
         if self.error_feedback and self.compress == "randk" and self.scaled:
             raise ValueError("error_feedback needs a contractive compressor, and scaled randk is none; add --no-scaled")
+        if self.error_feedback and self.algo == "fedsynth" and self.fs_objective == "data":
+            raise ValueError("error_feedback needs an update whose rest can be fed back, and fs_objective = 'data' has none; use --fs-objective update")
         if self.compress == "dithering" and self.nu >= 1 and (self.error_feedback or not self.randomized):
             raise ValueError(f"nu = {self.nu:g} promises nothing to error_feedback or without randomized; it must be below 1")
-        for name in ("alpha", "lr", "lr_decay", "server_lr", "adam_lr", "local_adam_lr", "k", "syn_step", "momentum_alpha", "adam_eps"):
+        for name in ("alpha", "lr", "lr_decay", "server_lr", "adam_lr", "local_adam_lr", "k", "syn_step", "fs_step", "momentum_alpha", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
         return self
@@ -169,7 +185,7 @@ class Config:
         warmup = tenth(self.warmup, 2)
         return dataclasses.replace(
             self, rounds=tenth(self.rounds, 3), warmup=warmup, window=min(self.window, warmup), outer_steps=tenth(self.outer_steps, 5),
-            last=1, measure_images=tenth(self.measure_images, 100), resynthesize=-(-self.resynthesize // 10))
+            last=1, measure_images=tenth(self.measure_images, 100), resynthesize=-(-self.resynthesize // 10), fs_steps=tenth(self.fs_steps, 5))
 
     def hash(self):
         """Eight characters that two runs share if and only if all settings but the machine's agree."""

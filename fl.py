@@ -13,10 +13,12 @@ A method answers six questions, and a new method overrides only the answers that
     direction   which way is uphill, before the gradient is read there?   (None: read it at w)
     gradient    what corrects the gradient?
     finish      what does a client send up, and what does it remember?    (`remember`: once it knows what the server decoded)
+    codec       how does it become a buffer, and a vector again?          (the run's compressor)
     server      how does the server move?
 
     FedAvg -> FedSAM            climb along the client's own gradient
            -> FedLESAM          climb back along the last global move (as the client saw it, or as the server made it)
+           -> FedSynth          send data instead of an update (synth.py): a compressor that learns
            -> Distilling        watch the trajectory of w and distil synthetic data from it (synth.py)
                  -> DynaFed     train on them at the server
                  -> FedSynSAM   climb along a mixture of own and synthetic gradient
@@ -25,7 +27,7 @@ What a method does on a client is a pure function of tensors, so that loop.py ma
 reads its own memory and what `receive` and `unpack` made of the wire, never what the server holds.
 
 Sources: FedAvg, McMahan et al. 2017, Algorithm 1; FedSAM, Qu et al. 2022 and Caldarola et al. 2022; FedLESAM, Fan et al.
-2024; DynaFed, Pi et al. 2023; FedSynSAM, arXiv 2602.11584. Read next: loop.py, or baselines.py for the other methods of the
+2024; DynaFed, Pi et al. 2023; FedSynth, Hu et al. 2022; FedSynSAM, arXiv 2602.11584. Read next: loop.py, or baselines.py for the other methods of the
 literature (SCAFFOLD, FedDyn, FedCM, ...) and their crossings with these.
 """
 import hashlib
@@ -139,6 +141,13 @@ class FedAvg:
         """After K steps: w [d] -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: ours."""
         return (w - me.start)[None], me.memory
 
+    def codec(self, compressor, w, plan=None):
+        """How a vector [d] becomes a buffer, and a buffer x_hat [d]: -> an object with encode and decode (compress.py).
+
+        w [d] as received, plan [K, B, 4] of the round's batches, which only encode may use: the server has none.  Source: ours.
+        """
+        return compressor
+
     def remember(self, memory, decoded):
         """Memory [p, d] once the client knows what the server made of its message, decoded [uplinks, d] -> [p, d].
 
@@ -213,6 +222,34 @@ class FedLESAMServer(FedAvg):
     def server(self, w, mean, steps, lr):
         self.move = super().server(w, mean, steps, lr) - w
         return w + self.move
+
+
+class FedSynth(FedAvg):
+    """FedAvg, except: a client sends a small synthetic data set, and the server trains on it to see what the update is.
+
+        theta_0 = w^t     theta_j = theta_{j-1} - a grad l(theta_{j-1}; X_j, Y_j), j = 1..M     x_hat = theta_M - w^t
+        X, Y, a are learnt to make F_i(theta_M) small on the round's real mini-batches     (fs_objective = "data", the paper's)
+        or ||theta_M - w_{i,K}||^2 small, after K local steps                              (fs_objective = "update")
+
+    w [d]; 0 gradients a step, no local steps with "data" (1 gradient with "update"); to learn X, Y, a instead S M gradients of
+    gradients a round (and S of F_i with "data"); D_syn up, of a size that knows no d, so `compress` is not used; d floats down; no
+    state; server work: M gradients a client. Nothing keeps images that are learnt from looking like the client's own.
+    Source: Hu et al. 2022 (FedSynth), of which the abstract was at hand; "update", Goetz and Tewari 2020.
+    """
+    gradients = 0
+
+    def codec(self, compressor, w, plan=None):
+        c, train, learnt = self.cfg, self.task.train, {}
+        if plan is not None:
+            own = train.y[plan[..., 0][plan[..., 0] >= 0]]
+            learnt["first"] = own.repeat(-(-c.fs_batches * c.fs_images // len(own)))[:c.fs_batches * c.fs_images]
+            learnt["real"] = (lambda v, s: self.task.loss(v, plan[s % len(plan)])) if c.fs_objective == "data" else None
+        return synth.AsData(self.task.apply, w, (c.fs_batches, c.fs_images, *train.x.shape[1:]), len(train.classes), c.fs_format, **learnt,
+                            steps=c.fs_steps, rates=(c.fs_rate_images, c.fs_rate_labels, c.fs_rate_step), step=c.fs_step,
+                            label_scale=c.fs_labels, dtype=w.dtype)
+
+    def step(self, w, rows, me, lr, uphill):
+        return (w, me) if self.cfg.fs_objective == "data" else super().step(w, rows, me, lr, uphill)
 
 
 class Distilling(FedAvg):
@@ -294,5 +331,5 @@ class FedSynSAM(Distilling):
         return uphill if c.mix == 1 else sam.mix_directions(self.grad(w, rows), uphill, c.mix, c.mix_units)
 
 
-METHODS = {"fedavg": FedAvg, "fedsam": FedSAM, "fedlesam": FedLESAM, "fedlesam-server": FedLESAMServer,
+METHODS = {"fedavg": FedAvg, "fedsam": FedSAM, "fedlesam": FedLESAM, "fedlesam-server": FedLESAMServer, "fedsynth": FedSynth,
            "dynafed": DynaFed, "fedsynsam": FedSynSAM}

@@ -157,7 +157,7 @@ class Federation:
         """
         rows = [self.task.everything(i) for i in clients]
         yield from self.each(lambda _, images: (self.method.survey(w, images),), w.new_zeros(len(clients), 0, len(w)), rows,
-                             lambda n, said: self.encoded("survey", clients[n], t, said)[::2])
+                             lambda n, said: self.encoded("survey", clients[n], t, self.compressor, said)[::2])
 
     def announce(self, said, clients):
         """All active clients hear the mean of what was said [m, surveys, d] -> bytes to each.  Source: ours."""
@@ -180,7 +180,9 @@ class Federation:
 
         def work():
             up, own = 0, [clients[c] for c in mine]
-            replies = self.each_client(w, memory[mine], self.plans(own, t), t, lambda n, *trained: self.uplink(own[n], t, memory[mine[n]], *trained), said[mine])
+            plans = self.plans(own, t)
+            send = lambda n, *trained: self.uplink(own[n], t, memory[mine[n]], self.method.codec(self.compressor, w, plans[n]), *trained)   # noqa: E731
+            replies = self.each_client(w, memory[mine], plans, t, send, said[mine])
             for c, (x_hat, rows, bytes_up) in zip(mine, replies):
                 mean.add_(x_hat, alpha=float(weights[c]))
                 kept[c] = rows
@@ -236,16 +238,16 @@ class Federation:
         finally:
             self.method.functional = False
 
-    def uplink(self, client, t, memory, sent, kept):
+    def uplink(self, client, t, memory, codec, sent, kept):
         """A client's vectors through the wire, in round t: its rows before [p + residuals, d], sent [uplinks, d], kept [p, d].
 
-        -> (decoded [uplinks, d], its rows after, bytes). Raises Diverged if a number is not finite.  Source: ours.
+        codec: encodes and decodes.  -> (decoded [uplinks, d], its rows after, bytes). Raises Diverged.  Source: ours.
         """
-        decoded, residuals, size = self.encoded("compressor", client, t, sent, memory[self.method.memory:])
+        decoded, residuals, size = self.encoded("compressor", client, t, codec, sent, memory[self.method.memory:])
         return decoded, torch.cat([self.method.remember(kept, decoded), *(e[None] for e in residuals)]), size
 
-    def encoded(self, stream, client, t, sent, residuals=()):
-        """Vectors [n, d] of a client through the compressor; residuals [n, d]: what error feedback adds, or nothing.
+    def encoded(self, stream, client, t, codec, sent, residuals=()):
+        """Vectors [n, d] of a client through its codec; residuals [n, d]: what error feedback adds, or nothing.
 
         stream: name of the random numbers.  -> (decoded [n, d], residuals after, bytes). Raises Diverged.  Source: ours.
         """
@@ -254,11 +256,14 @@ class Federation:
         decoded, residuals, size = [], list(residuals), 0
         for j, x in enumerate(sent):
             g = generator(self.cfg.seed, stream, t, client, j, device=x.device)
-            if residuals:
-                buffer, residuals[j] = compress.with_feedback(self.compressor, x, residuals[j], g)
-            else:
-                buffer = self.compressor.encode(x, g)
-            decoded.append(self.compressor.decode(buffer, len(x)).to(x.dtype))
+            try:
+                if residuals:
+                    buffer, residuals[j] = compress.with_feedback(codec, x, residuals[j], g)
+                else:
+                    buffer = codec.encode(x, g)
+            except FloatingPointError as error:
+                raise Diverged(f"round {t + 1}, client {client}: {error}") from None
+            decoded.append(codec.decode(buffer, len(x)).to(x.dtype))
             size += len(buffer)
         return torch.stack(decoded), residuals, size
 

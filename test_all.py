@@ -666,6 +666,118 @@ def test_synth_augmentation_keeps_shape_and_carries_gradients():
     assert end.shape == w.shape
 
 
+def as_data(format="float32", real=None, M=3, n=2, **kw):
+    """FedSynth's codec on the network of `tiny` -> (codec, w [d], a vector to send [d])."""
+    apply, w, _ = tiny()
+    kw = {"first": torch.arange(M * n) % 3, "steps": 25, "rates": (0.1, 0.1, 0.01), "step": 0.3, "dtype": f64, **kw}
+    return synth.AsData(apply, w, (M, n, 1, 4, 4), 3, format, real, **kw), w, 0.05 * randn(len(w), seed=7)
+
+
+def test_synth_gradients_through_batches_in_turn_are_finite_differences():
+    apply, w, s = tiny()
+    real, h = randn(5, 1, 4, 4, seed=8), 1e-6
+    s = s._replace(images=s.images.view(2, 3, 1, 4, 4), logits=s.logits.view(2, 3, 3))
+    for target in (None, w + randn(len(w), seed=9)):                                 # the two objectives of FedSynth
+        def L(*parts):
+            end = synth.unroll(apply, w, synth.Synthetic(*parts))
+            return F.cross_entropy(apply(end, real), torch.arange(5) % 3) if target is None else synth.matching_loss(end, w, target)
+        leaves = [t.clone().requires_grad_() for t in s]
+        for i, g in enumerate(torch.autograd.grad(L(*leaves), leaves)):
+            for place in (range(g.numel()) if g.numel() < 20 else (0, 5, 50, 95)):   # pixels of both batches
+                bump = torch.zeros(g.numel(), dtype=f64)
+                bump[place] = h
+                up, down = ([t + bump.view(t.shape) * sign if j == i else t for j, t in enumerate(s)] for sign in (1, -1))
+                assert float(g.flatten()[place]) == pytest.approx(float(L(*up) - L(*down)) / (2 * h), rel=1e-5, abs=1e-9)
+
+
+def test_synth_batches_in_turn_and_the_same_images_again_agree_where_they_must():
+    apply, w, s = tiny()
+    again = s._replace(images=s.images.expand(4, *s.images.shape), logits=s.logits.expand(4, *s.logits.shape))
+    assert torch.equal(synth.unroll(apply, w, again), synth.unroll(apply, w, s, 4))
+    halves = s._replace(images=s.images.view(2, 3, 1, 4, 4), logits=s.logits.view(2, 3, 3))
+    swapped = halves._replace(images=halves.images.flip(0), logits=halves.logits.flip(0))
+    assert not torch.allclose(synth.unroll(apply, w, halves), synth.unroll(apply, w, swapped))           # the order is part of the message
+
+
+@pytest.mark.parametrize("format, pixel, extra", [("float32", 4, 0), ("float16", 2, 0), ("uint8", 1, 8)])
+def test_synth_message_takes_the_bytes_of_its_formula(format, pixel, extra):
+    for dtype in (torch.float32, f64):                                               # whatever the type of the model
+        apply, w, _ = tiny()
+        c = synth.AsData(apply, w.to(dtype), (3, 2, 1, 4, 4), 3, format, first=torch.arange(6) % 3, steps=1)
+        buffer = c.encode(0.05 * randn(len(w)).to(dtype), seeded())
+        assert len(buffer) == c.size == pixel * 6 * 16 + 4 * (6 * 3 + 1) + extra + 4
+        assert c.decode(buffer, len(w)).dtype == dtype
+    masking = RandK(compress.masking_within(c.size), False)                          # the baseline at equal bytes
+    for size in range(c.size, c.size + 4):
+        assert 0 <= size - len(RandK(compress.masking_within(size)).encode(torch.ones(1000), seeded())) < 4
+    assert len(masking.encode(torch.ones(1000), seeded())) <= c.size
+
+
+def test_synth_image_formats_keep_to_their_error():
+    x = 3 * randn(2, 5, 1, 4, 4)
+    back = {f: synth.read_images(synth.write_images(x, f, f64), x.shape, f, f64) for f in synth.FORMATS}
+    assert torch.equal(back["float32"], x)                                           # the floats of the wire, here float64
+    assert ((back["float16"] - x).abs() <= x.abs() / 2**11 + 2**-25).all() and not torch.equal(back["float16"], x)
+    error = (back["uint8"] - x).abs().max() / (x.max() - x.min())
+    assert 1 / 600 < error <= 1 / 510 + 1e-12 and back["uint8"].unique().numel() <= 256
+    assert float(back["uint8"].min()) == float(x.min()) and float(back["uint8"].max()) == pytest.approx(float(x.max()))
+    for f in synth.FORMATS:                                                          # ends of the floats, and images that are all equal
+        for y in (torch.full((4,), 7.0), torch.tensor([3e38, -3e38]), torch.tensor([1e-42, 0.0])):
+            assert synth.read_images(synth.write_images(y, f, torch.float32), y.shape, f, torch.float32).isfinite().all()
+        assert torch.equal(synth.read_images(synth.write_images(torch.full((4,), 7.0), f, f64), (4,), f, f64), torch.full((4,), 7.0, dtype=f64))
+
+
+@pytest.mark.parametrize("format", synth.FORMATS)
+def test_synth_damaged_and_forged_messages_raise_value_error(format):
+    c, w, x = as_data(format, steps=2, dtype=torch.float32)
+    good = c.encode(x, seeded())
+    assert c.decode(good, len(w)).isfinite().all()
+    c, far = dataclasses.replace(c, w=w.float()), c.unpack(good)._replace(step=torch.tensor(3e38, dtype=f64))        # leads out of float32
+    for bad in (good[:-1], torch.cat([good, good[:1]]), good.float(), None, bits.seal(good[:-5]), bits.seal(torch.cat([good[:-4], good[:1]])),
+                good ^ (torch.arange(len(good)) == 9).to(torch.uint8), c.pack(c.unpack(good)._replace(step=torch.tensor(math.nan))),
+                c.pack(far)):
+        with pytest.raises(ValueError):
+            c.decode(bad, len(w))
+    for seed in range(100):                                                          # the right length and checksum, and any content
+        try:
+            assert c.decode(bits.seal(torch.randint(0, 256, (len(good) - 4,), generator=seeded(seed), dtype=torch.uint8)), len(w)).isfinite().all()
+        except ValueError:
+            pass
+
+
+@pytest.mark.parametrize("format", synth.FORMATS)
+def test_synth_a_client_learns_data_that_lower_its_objective(format):
+    apply, w, _ = tiny()
+    images = randn(30, 1, 4, 4, seed=5) + torch.arange(30).view(-1, 1, 1, 1) % 3
+    real = lambda v, s: F.cross_entropy(apply(v, images), torch.arange(30) % 3)      # noqa: E731
+    c, w, x = as_data(format, real, rates=(0.1, 0.1, 0.02))
+    before, after = (float(real(v, 0)) for v in (w, w + c.decode(c.encode(x, seeded()), len(w))))
+    start = float(c.objective(c.guess(seeded()), x))
+    assert after < 0.7 * before and after < 0.7 * start                              # better than no message, and than what it started from
+    c, w, x = as_data(format, rates=(0.1, 0.1, 0.02))
+    error = float((c.decode(c.encode(x, seeded()), len(w)) - x).square().sum() / x.square().sum())
+    assert error < 0.8 and error < 0.8 * float(c.objective(c.guess(seeded()), x))
+    rough = c.guess(seeded(3))                                                       # the learning sees what the server will replay
+    assert float(c.objective(rough, x)) == pytest.approx(float((c.decode(c.pack(rough), len(w)) - x).square().sum() / x.square().sum()), rel=1e-9)
+    learnt = c.unpack(c.encode(x, seeded()))
+    assert all(not torch.allclose(a, b) for a, b in zip(learnt, c.guess(seeded())))  # all three are learnt
+
+
+def test_synth_a_message_is_never_worse_than_none_and_feedback_telescopes():
+    c, w, x = as_data(step=50.0, steps=2)                                            # steps far too long
+    assert float(c.objective(c.guess(seeded()), x)) > 1 and not c.decode(c.encode(x, seeded()), len(w)).any()
+    c, w, x = as_data(steps=10)
+    assert not c.decode(c.encode(0 * x, seeded()), len(w)).any()
+    e, sent = torch.zeros_like(x), 0
+    for t in range(4):
+        buffer, e_new = compress.with_feedback(c, x, e, seeded(t))
+        assert e_new.norm() <= (e + x).norm()
+        sent, e = sent + c.decode(buffer, len(w)), e_new
+    assert torch.allclose(sent + e, 4 * x, rtol=0, atol=1e-13) and sent.any()
+    with pytest.raises(FloatingPointError, match="fs_step"):
+        as_data(real=lambda v, s: v.sum() * math.nan)[0].encode(x, seeded())
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 @pytest.fixture(scope="session")
 def bundled():
@@ -972,7 +1084,8 @@ def quad(task, algo, compressor=Identity(f64), rounds=1, chunk=1, **kw):
 def vision(algo="fedavg", bundled=None, dtype=f64, model="mlp", compressor=None, chunk=1, begin=0, **kw):
     """A small federation on 240 of the bundled images in float64: Task and Federation as run.py composes them."""
     kw = {"clients": 6, "participation": 4, "rounds": 4, "local_steps": 3, "batch": 8, "warmup": 2, "window": 2, "outer_steps": 3, "inner_steps": 2,
-          "ipc": 1, "hidden": 8, "width": 2, "alpha": 0.5, "lr": 0.05, "rho": 0.05, "warmup_method": "fedsam", "mix": 0.5, "oracle_images": 20, **kw}
+          "ipc": 1, "hidden": 8, "width": 2, "alpha": 0.5, "lr": 0.05, "rho": 0.05, "warmup_method": "fedsam", "mix": 0.5, "oracle_images": 20,
+          "fs_steps": 3, "fs_batches": 2, "fs_images": 2, "fs_step": 0.02, "fs_format": "float32", "fs_objective": "update" if kw.get("error_feedback") else "data", **kw}
     cfg = config.Config(algo=algo, model=model, **kw).check()
     train = bundled.train._replace(x=bundled.train.x[:240], y=bundled.train.y[:240], mean=bundled.train.mean.to(dtype), std=bundled.train.std.to(dtype))
     net = models.build(model, (1, 28, 28), 10, cfg.width, cfg.hidden, cfg.seed, dtype=dtype)
@@ -1347,6 +1460,77 @@ def test_fl_residuals_of_inactive_clients_stay_frozen():
         fed.round()
         for i, row in before.items():
             assert torch.equal(fed.memory.read([i], None)[0], row) == (i not in fed.clients(t))
+
+
+def test_fl_fedsynth_with_the_clients_own_batches_replays_its_update_exactly(bundled):
+    """M = K batches, a = eta, hard labels: what the server makes of the buffer is what FedAvg's client would have sent."""
+    fed = vision("fedsynth", bundled, model="cnn", clip=0.0, lr=0.1, local_steps=4, batch=8, fs_batches=4, fs_images=8, fs_objective="update")
+    clients = fed.clients(0)
+    for i, plan in zip(clients, fed.plans(clients, 0)):
+        (delta,), _ = loop.local_training(fed.method, fed.w, fed.w.new_zeros(0, len(fed.w)), plan, 0.1)
+        batches = [fed.task.train.batch(rows) for rows in plan]
+        own = synth.Synthetic(torch.stack([b.x for b in batches]), torch.stack([1e3 * F.one_hot(b.y, 10).to(f64) for b in batches]), torch.tensor(0.1, dtype=f64))
+        buffer = fed.method.codec(None, fed.w, plan).pack(own)
+        assert len(buffer) == 8 * (4 * 8 * (28 * 28 + 10) + 1) + 4                   # float64 on this wire
+        x_hat = fed.method.codec(None, fed.w).decode(buffer, len(delta))             # the server has no plan
+        assert delta.norm() > 0.01 and torch.allclose(x_hat, delta, rtol=0, atol=1e-14)
+        swapped = own._replace(images=own.images.flip(0), logits=own.logits.flip(0))
+        assert not torch.allclose(fed.method.codec(None, fed.w).decode(fed.method.codec(None, fed.w).pack(swapped), len(delta)), delta, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["data", "update"])
+def test_fl_fedsynth_server_needs_the_buffer_and_the_model_alone(objective, bundled, monkeypatch):
+    """Buffers are taken off the wire; a server elsewhere, with other seeds and other data, makes the same model of them."""
+    fed, buffers, encode = vision("fedsynth", bundled, fs_objective=objective, fs_format="uint8"), [], synth.AsData.encode
+    fed.pool, codecs, w = loop.ThreadPoolExecutor(1), [], fed.w
+    monkeypatch.setattr(synth.AsData, "encode", lambda self, x, g: codecs.append(self) or buffers.append(encode(self, x, g)) or buffers[-1])
+    fed.round()
+    for codec, plan in zip(codecs, fed.plans(fed.clients(0), 0)):                    # each client learns from its own batches, in turn
+        assert torch.equal(codec.first, fed.task.train.y[plan[0, :4, 0]])
+        assert objective == "update" or all(torch.equal(codec.real(w, s), fed.task.loss(w, plan[s % 3])) for s in range(5))
+    other = vision("fedsynth", bundled, fs_objective=objective, fs_format="uint8", partition="shards", lr=0.7, fs_steps=50)
+    mean = sum(other.method.codec(None, w).decode(b, len(w)) for b in buffers) / len(buffers)
+    assert torch.allclose(fed.w, w + mean, rtol=0, atol=1e-12) and not torch.equal(fed.w, w)
+    assert fed.up == sum(map(len, buffers)) == 4 * (2 * 2 * 784 + 16 + 8 * (1 + 2 * 2 * 10) + 4)
+    unequal = vision("fedsynth", bundled, fs_objective=objective, local_epochs=1, partition="dirichlet-class", min_size=2, begin=2)
+    assert unequal.w.isfinite().all() and not torch.equal(unequal.w, unequal.task.w0)
+
+
+def test_fl_fedsynth_learns_above_chance_and_without_local_steps(bundled):
+    kw = {"clients": 4, "participation": 4, "alpha": 100.0, "hidden": 16, "batch": 20, "fs_images": 10, "fs_steps": 15, "fs_step": 0.3, "lr": 0.2,
+          "dtype": torch.float32}
+    for objective in ("data", "update"):
+        fed = vision("fedsynth", bundled, begin=4, local_steps=10, fs_objective=objective, **kw)
+        assert tasks.evaluate(fed.task.apply, fed.w, bundled.val)[1] > 0.3, objective
+    calls, fed.method.grad_of = [], lambda loss, w: calls.append(1)
+    data_only = vision("fedsynth", bundled, **kw)
+    data_only.method.grad_of = fed.method.grad_of
+    data_only.round()
+    assert not calls
+
+
+def test_fl_fedsynth_names_round_and_client_when_learning_fails(bundled):
+    fed = vision("fedsynth", bundled)
+    fed.task.loss = lambda w, rows: w.sum() * math.nan
+    with pytest.raises(loop.Diverged, match=r"round 1, client \d.*fs_step"):
+        fed.round()
+
+
+def test_fl_fedsynth_trains_on_colour_images_and_continues_with_its_residuals(tmp_path):
+    n = 60
+    x = torch.randint(0, 256, (n, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
+    images = data.Images(x, torch.arange(n) % 4, torch.full((3,), 128.0), torch.full((3,), 60.0), list(range(4)))
+    cfg = config.Config(algo="fedsynth", model="mlp", clients=3, participation=3, local_steps=2, batch=4, fs_objective="update", error_feedback=True,
+                        fs_steps=3, fs_batches=2, fs_images=2).check()
+    task = tasks.Task(models.build("mlp", (3, 8, 8), 4, hidden=4), images, list(torch.arange(n).split(20)), cfg)
+    fed, resumed = (loop.Federation(fl.FedSynth(task, cfg)) for _ in range(2))
+    fed.round()
+    experiment.save(tmp_path, fed, 1.0, 0)
+    experiment.restore(tmp_path, resumed)
+    assert fed.up == 3 * (2 * 2 * 3 * 64 + 8 + 4 * (1 + 2 * 2 * 4) + 4) and fed.memory.table.any()
+    for f in (fed, resumed):
+        f.round()
+    assert torch.equal(fed.w, resumed.w) and torch.equal(fed.memory.table, resumed.memory.table)
 
 
 def test_fl_divergence_names_round_client_and_cause():
@@ -1959,8 +2143,8 @@ def test_baselines_padded_steps_change_neither_message_nor_memory(algo, bundled)
 @pytest.mark.parametrize("algo", list(baselines.METHODS))
 def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     """Gradients counted, bytes measured, attributes found; against the docstring and the line of `run.py --list`."""
-    cfg = config.Config(algo=algo, model="mlp", hidden=8)
-    fed = vision(algo, bundled, torch.float32, begin=3, hidden=8)
+    cfg = config.Config(algo=algo, model="mlp", hidden=8, fs_batches=2, fs_images=2)
+    fed = vision(algo, bundled, torch.float32, begin=3, hidden=8, fs_format=cfg.fs_format)
     fed.compressor, calls, grad_of, up, down = config.compressor(cfg, len(fed.w)), [], fed.method.grad_of, fed.up, fed.down
     fed.method.grad_of = lambda loss, w: calls.append(1) or grad_of(loss, w)
     fed.holders = set(range(6))                                                      # the parcel, if any, has been fetched
@@ -1985,7 +2169,11 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     assert set(vars(fed.method)) - {"grad_of", "functional"} == set(vars(fresh))                   # no state that the list does not know
     assert all(p in parent for p in (c.__name__ for c in kind.__bases__ if c is not object)) and len(source) > 8
     said = re.search(r"(\d )?d floats up(?: and down|[^;]*?, (\d )?d down)", kind.__doc__.replace("\n", " "))
-    if not issubclass(kind, fl.Distilling) or said:
+    assert (ups == "D_syn") == (algo == "fedsynth")
+    if algo == "fedsynth":
+        masked = config.compressor(config.Config(compress="randk", scaled=False, k=int(re.search(r"--k (\d+)", run.listing(cfg)).group(1))), d)
+        assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "0 gradients a step" in kind.__doc__
+    elif not issubclass(kind, fl.Distilling) or said:
         both = "and down" in said.group()
         assert int(said.group(1) or 1) == kind.uplinks + kind.surveys and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
         assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients.split()[0])
@@ -2384,6 +2572,7 @@ def test_presets_print_the_published_number_beside_ours_and_yield_to_flags(tmp_p
     ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--preset fedwmsam", "did you mean 'fedwmsam-fmnist'"), ("--lr-decay 0", "above 0"),
     ("--momentum-alpha 0", "above 0"), ("--man -0.1", "at least 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
+    ("--algo fedsynth --error-feedback", "--fs-objective update"), ("--fs-steps 0", "in 1..100000"), ("--fs-step 0", "above 0"), ("--fs-format int8", "did you mean 'uint8'"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
     ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--experiment sharpnes", "did you mean 'sharpness'"), ("--experiment oracle --size cp", "did you mean 'cpu'"), ("--experiment oracle --rounds 3", "leave out --rounds"),
     ("--experiment oracle --tune fedavg", "give one of them"), ("--experiment oracle --procs 2", "share its runs"), ("--tune scafold", "did you mean 'scaffold'"), ("--size cpu", "belongs to"),

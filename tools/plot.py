@@ -10,7 +10,7 @@ COLOURS = {"fedavg": "#000000", "fedsam": "#E69F00", "fedlesam": "#56B4E9", "fed
            "fedsynsam": "#D55E00", "fedprox": "#555555", "scaffold": "#009E73", "feddyn": "#661100", "fedcm": "#DDCC77", "fedadam": "#332288",
            "mofedsam": "#DDCC77", "fedgamma": "#009E73", "fedspeed": "#661100", "fedsmoo": "#661100", "fedlesam-s": "#009E73",
            "fedlesam-d": "#661100", "fedasam": "#E69F00", "gcsam": "#E69F00", "fedavg-adam": "#000000", "dynafed-adam": "#CC79A7",
-           "gradalign": "#999933", "fedga": "#882255", "fedga-previous": "#882255", "oracle": "#44AA99"}
+           "gradalign": "#999933", "fedga": "#882255", "fedga-previous": "#882255", "fedsynth": "#AA4499", "oracle": "#44AA99"}
 STROKES = {"mofedsam": "--", "fedgamma": "--", "fedspeed": "--", "fedsmoo": "-.", "fedlesam-s": ":", "fedlesam-d": ":", "fedasam": "-.",
            "gcsam": "--", "fedavg-adam": (0, (6, 2, 1, 2, 1, 2)), "dynafed-adam": (0, (6, 2, 1, 2, 1, 2)), "fedga-previous": ":", "oracle": (0, (1, 1))}
 
