@@ -38,8 +38,8 @@ def lines_of(rows, key):
 class Sharpness(study.Claim):
     """Top eigenvalue, trace and SAM sharpness of FedAvg's model against compression and skew, at equal rounds and at equal training loss.
 
-    Equal loss: the lower of two runs is read where it first came as low as the other one ever did, interpolated between the eight
-    rounds in which the eigenvalue was measured. cpu: 3 seeds x 15 runs of 40 rounds, 45 s each with what is measured: 34 minutes.
+    Equal loss: the lower of two runs is read where it first came as low as the other one ever did, interpolated between the
+    rounds in which the eigenvalue was measured. cpu: 3 seeds x 15 runs of 36 rounds, 41 s each with what is measured: 31 minutes.
     Source: FedSynSAM, abstract, its first claim.
     """
     name, source = "sharpness", "FedSynSAM, arXiv 2602.11584"
@@ -48,10 +48,10 @@ class Sharpness(study.Claim):
                "it holds if every compressor and split goes the claimed way")
 
     def cells(self, world):
-        rounds = {"quick": 4, "cpu": 40}.get(self.size, self.worlds()[world].get("rounds"))
+        rounds = {"quick": 4, "cpu": 36}.get(self.size, self.worlds()[world].get("rounds"))
         splits, uplinks = (("IID", "Dir 0.1"), ("none", "2 bits")) if self.size == "quick" else (SPLITS, UPLINKS)
         small = {"measure_images": 500} if self.size == "cpu" else {}
-        return {f"{split}, {uplink}": {"algo": "fedavg", "rounds": rounds, "measure_every": max(1, rounds // 8), **small, **SPLITS[split], **UPLINKS[uplink]}
+        return {f"{split}, {uplink}": {"algo": "fedavg", "rounds": rounds, "measure_every": max(1, rounds // 6), **small, **SPLITS[split], **UPLINKS[uplink]}
                 for split in splits for uplink in uplinks}
 
     def measure(self, fed, rows):
@@ -135,7 +135,7 @@ class Alignment(study.Claim):
     """Cosine of every estimate of "uphill" to the true global gradient at the clients' own points, along local steps and over rounds.
 
     The trajectory is FedAvg's, with a synthesis that nothing uses (DynaFed without server epochs), so that all estimates are asked at the
-    same points. A run's number is the mean over the rounds measured after the synthesis. cpu: 3 seeds x 8 runs of 40 rounds, 75 s each: 30 minutes.
+    same points. A run's number is the mean over the rounds measured after the synthesis. cpu: 3 seeds x 8 runs of 40 rounds, 74 s each: 30 minutes.
     Source: FedSynSAM, abstract: what local SAM and the previous update get wrong.
     """
     name, source = "alignment", "FedSynSAM, arXiv 2602.11584"
@@ -147,7 +147,7 @@ class Alignment(study.Claim):
     def cells(self, world):
         start = self.worlds()[world]
         rounds = 40 if self.size == "cpu" else start["rounds"]
-        fields = {"algo": "dynafed", "finetune_epochs": 0, "rounds": rounds, "measure_every": max(1, rounds // 8), **({"measure_images": 1000} if self.size == "cpu" else {})}
+        fields = {"algo": "dynafed", "finetune_epochs": 0, "rounds": rounds, "measure_every": max(1, rounds // 8), **({"measure_images": 800} if self.size == "cpu" else {})}
         splits, links = (("Dir 0.1",), ("none", "2 bits")) if self.size == "quick" else (("Dir 0.6", "Dir 0.1"), self.LINKS)
         return {f"{split}, {link}": {**fields, **SPLITS[split], **self.LINKS[link]} for split in splits for link in links}
 
@@ -279,7 +279,7 @@ class Hyper(study.Claim):
     def draw(self, cells, path):
         knobs = self.KNOBS[self.size]
         names = {"rho": "radius rho", "mix": "weight of the synthetic part", "warmup": "rounds before the synthesis", "ipc": "synthetic images per class",
-                 "resynthesize": "rounds to a new synthesis, 0: none"}
+                 "resynthesize": "re-synthesis, rounds (0: none)"}
         with plot.figure(path, len(knobs), width=3.2) as axes:
             for axis, (knob, several) in zip(axes, knobs.items()):
                 default = next(r["fields"].get(knob, study.Config.__dataclass_fields__[knob].default) for r in cells["default"])

@@ -51,10 +51,9 @@ class FedSynth(study.Claim):
         shape, classes = {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}.get(cfg.dataset, ((1, 28, 28), 10))
         return synth.AsData(None, None, (batches, cfg.fs_images, *shape), classes, cfg.fs_format).size
 
-    @staticmethod
-    def top_k_within(size):
-        """k of a TopK message of about `size` bytes: a float and an index of at most 24 bits for each."""
-        return (size - 4) // 7
+    def top_k_within(self, size):
+        """k of a TopK message of at most `size` bytes: for each a float and an index of 16 bits, or 24 for the networks of `gpu`."""
+        return (size - 4) // (7 if self.size == "gpu" else 6)
 
     def columns(self):
         return [("test accuracy %", accuracy, ".2f"), ("bytes a client and round", message_bytes, ",.0f"),

@@ -147,7 +147,7 @@ def band(axis, x, runs, name, n=0, stroke=None):
 def contours(axis, at, losses, title, levels):
     """The loss on a plane through a model, losses [points, points] at `at` [points] along both directions."""
     lines = axis.contour(at, at, np.array(losses), levels=levels, cmap="viridis")
-    axis.clabel(lines, fontsize=7, fmt="%.2g")
+    axis.clabel(lines, fontsize=7, fmt="%.3g")
     axis.plot([0], [0], "+", color="black", ms=8)
     axis.set(xlabel="along one random direction", ylabel="along another", title=title)
 
