@@ -372,6 +372,8 @@ def command(argv=None):
     try:
         args = parser().parse_args(argv)
         procs, device = getattr(args, "procs", 0), getattr(args, "device", "auto")
+        if args.experiment is not None or args.tune is not None or args.report:
+            procs = 0                                             # main refuses them, in one line
         if args.resume is not None:
             first = experiment.read_settings(args.resume)[1][0]
             procs, device = first.procs, first.device

@@ -27,6 +27,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 
 import experiment
@@ -146,6 +147,7 @@ def one(folder, cfg, world, label, claim):
             row["diverged"] = str(error)
         row["machine"] = json.loads((folder / "config.json").read_text())["machine"]
         experiment.write(done, json.dumps(row) + "\n")
+        print(f"{folder}: " + (row.get("diverged") or f"{row['seconds']:.0f} s"), file=sys.stderr, flush=True)
         return row
     return alone_in(folder, work)
 

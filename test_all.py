@@ -2788,6 +2788,9 @@ def test_study_a_killed_experiment_continues_to_the_same_rows(tmp_path, monkeypa
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.json*")}
     assert without_time(study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")) == without_time(whole)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.json*")}           # and does nothing when all is done
+    for path in (tmp_path / "cut").rglob("row.json"):                                 # trained, but killed while it was measured
+        path.unlink()
+    assert without_time(study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")) == without_time(whole) and len(calls) == 16
     monkeypatch.setattr(Tiny, "rho", 0.3)
     with pytest.raises(experiment.UserError, match="other settings"):
         study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")
@@ -2899,6 +2902,14 @@ def test_claims_every_cell_of_every_size_is_legal(name, tmp_path):
         for *_, cfg in runs:
             config.compressor(cfg, 300_000 if size == "gpu" else 50890 if size == "cpu" else 6370)
     assert all((claim.says, claim.refuted, claim.source)) and claim.name == name and claim.refuted != claims.study.Claim.refuted
+
+
+def test_claims_messages_of_equal_bytes_are_of_equal_bytes(tmp_path):
+    for size, d in (("cpu", 50890), ("gpu", 300_000)):
+        for _, label, cfg in claims.CLAIMS["fedsynth"](size, tmp_path).runs():
+            if " bytes" in label and cfg.algo == "fedavg" and not (size == "gpu" and cfg.compress == "topk"):          # there an index has 19 to 24 bits
+                budget = int(label.split(", ")[1].removesuffix(" bytes").replace(",", ""))
+                assert 0.99 * budget < len(config.compressor(cfg, d).encode(randn(d).float(), seeded())) <= budget, label
 
 
 def test_claims_eigenvalues_are_compared_where_the_losses_are_equal():
