@@ -21,7 +21,7 @@ import statistics
 import landscape
 import sharpness
 import study
-from study import Claim, differs, paired, said, spread, values
+from study import Claim, differs, paired, said, values
 from tools import plot
 
 UPLINKS = {"none": {"compress": "identity"}, "4 bits": {"compress": "qsgd", "levels": 7}, "2 bits": {"compress": "qsgd", "levels": 1},
