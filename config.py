@@ -112,7 +112,7 @@ class Config:
     finetune_lr: float = option(1e-4, "DynaFed: Adam rate of the server [DynaFed]")
     finetune_batch: int = option(256, "DynaFed: images per server step [DynaFed]")
     # an update as data (FedSynth)
-    fs_objective: str = option("data", "learn what does well on the client's data [paper], or what reproduces its update [Goetz and Tewari]", "data", "update")
+    fs_objective: str = option("update", "learn what reproduces the client's update [Goetz and Tewari], or what does well on its data [paper]; the default is ours, README", "update", "data")
     fs_batches: int = option(4, "synthetic batches M, used one after the other [ours]")
     fs_images: int = option(4, "images of a synthetic batch n [ours]")
     fs_steps: int = option(20, "Adam steps S of a client in a round [ours]")

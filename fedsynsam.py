@@ -28,15 +28,13 @@ class FedSynth(FedAvg):
 
         theta_0 = w^t     theta_j = theta_{j-1} - a grad l(theta_{j-1}; X_j, Y_j), j = 1..M     x_hat = theta_M - w^t
         X, Y, a are learnt to make F_i(theta_M) small on the round's real mini-batches     (fs_objective = "data", the paper's)
-        or ||theta_M - w_{i,K}||^2 small, after K local steps                              (fs_objective = "update")
+        or ||theta_M - w_{i,K}||^2 small, after K local steps                              (fs_objective = "update", our default)
 
-    w [d]; 0 gradients a step, no local steps with "data" (1 gradient with "update"); to learn X, Y, a instead S M gradients of
-    gradients a round (and S of F_i with "data"); D_syn up, of a size that knows no d, so `compress` is not used; d floats down; no
+    w [d]; 1 gradient a step with "update" ("data" makes no local steps); to learn X, Y, a besides S M gradients of gradients a
+    round (and S of F_i with "data"); D_syn up, of a size that knows no d, so `compress` is not used; d floats down; no
     state; server work: M gradients a client. Nothing keeps images that are learnt from looking like the client's own.
     Source: Hu et al. 2022 (FedSynth), of which the abstract was at hand; "update", Goetz and Tewari 2020.
     """
-    gradients = 0
-
     def codec(self, compressor, w, plan=None):
         c, train, learnt = self.cfg, self.task.train, {}
         if plan is not None:

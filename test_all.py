@@ -2570,7 +2570,7 @@ def test_presets_print_the_published_number_beside_ours_and_yield_to_flags(tmp_p
     ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--preset fedwmsam", "did you mean 'fedwmsam-fmnist'"), ("--lr-decay 0", "above 0"),
     ("--momentum-alpha 0", "above 0"), ("--man -0.1", "at least 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
-    ("--algo fedsynth --error-feedback", "--fs-objective update"), ("--fs-steps 0", "in 1..100000"), ("--fs-step 0", "above 0"), ("--fs-format int8", "did you mean 'uint8'"),
+    ("--algo fedsynth --fs-objective data --error-feedback", "--fs-objective update"), ("--fs-steps 0", "in 1..100000"), ("--fs-step 0", "above 0"), ("--fs-format int8", "did you mean 'uint8'"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
     ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--device cuda", "no GPU"), ("--device tpu", "legal: auto"), ("--out {file}", "cannot make")])
 def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, capsys):
