@@ -174,8 +174,8 @@ def listing(cfg=Config()):
     lines = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(widths), *lines[1:], "",
                       f"gradients: per local step; all: one over all of a client's images, once a round. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
-                      f"fedsynth sends {cfg.fs_batches} x {cfg.fs_images} images ({cfg.fs_format}), whatever `compress` is, and its gradients are those of the "
-                      f"learning (README); random masking at equal bytes: --algo fedavg --compress randk --no-scaled --k {compress.masking_within(synthetic)}.",
+                      f"fedsynth sends {cfg.fs_batches} x {cfg.fs_images} images ({cfg.fs_format}), whatever `compress` is, and the gradients of "
+                      f"learning them come on top (README); random masking at equal bytes: --algo fedavg --compress randk --no-scaled --k {compress.masking_within(synthetic)}.",
                       "A parcel (synthetic images) is fetched once. What a method does: python run.py --explain METHOD"])
 
 

@@ -2142,7 +2142,7 @@ def test_baselines_padded_steps_change_neither_message_nor_memory(algo, bundled)
 def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     """Gradients counted, bytes measured, attributes found; against the docstring and the line of `run.py --list`."""
     cfg = config.Config(algo=algo, model="mlp", hidden=8, fs_batches=2, fs_images=2)
-    fed = vision(algo, bundled, torch.float32, begin=3, hidden=8, fs_format=cfg.fs_format)
+    fed = vision(algo, bundled, torch.float32, begin=3, hidden=8, fs_format=cfg.fs_format, fs_objective=cfg.fs_objective)
     fed.compressor, calls, grad_of, up, down = config.compressor(cfg, len(fed.w)), [], fed.method.grad_of, fed.up, fed.down
     fed.method.grad_of = lambda loss, w: calls.append(1) or grad_of(loss, w)
     fed.holders = set(range(6))                                                      # the parcel, if any, has been fetched
