@@ -2170,7 +2170,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     assert (ups == "D_syn") == (algo == "fedsynth")
     if algo == "fedsynth":
         masked = config.compressor(config.Config(compress="randk", scaled=False, k=int(re.search(r"--k (\d+)", run.listing(cfg)).group(1))), d)
-        assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "0 gradients a step" in kind.__doc__
+        assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "1 gradient a step" in kind.__doc__
     elif not issubclass(kind, fedsynsam.Distilling) or said:
         both = "and down" in said.group()
         assert int(said.group(1) or 1) == kind.uplinks + kind.surveys and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
