@@ -35,7 +35,7 @@ same, and the compressor need not carry v_i, nor add its noise to it (ours; the 
 Symbols beyond fl.py's: beta length of the displacement per unit of gradient, v_i [d]; g_i, g full gradients [d]; r number.
 
 Source: Dandi, Barba and Jaggi 2022 (arXiv 2106.13897), the algorithms; the Taylor argument is derived here. In the released code
-beta decays with the learning rate, here it does not. Read next: baselines.py (SCAFFOLD), or loop.py for how a survey is held.
+beta decays with the learning rate, here it does not. Read next: ceiling.py, baselines.py (SCAFFOLD), or loop.py for how a survey is held.
 """
 import torch
 

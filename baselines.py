@@ -29,7 +29,7 @@ Where released code says something else than the paper, the paper's rule is the 
 only the code was at hand, its rule stands here and the docstring says so. "FL-Simulator" is the code of FedSpeed's and
 FedSMOO's authors; clipping G to norm `clip`, correction included, and only then adding weight decay is its rule.
 
-Sources: each class names its own. Read next: loop.py.
+Sources: each class names its own. Read next: ranks.py.
 """
 import math
 
@@ -37,6 +37,7 @@ import torch
 
 import align
 import ceiling
+import fedsynsam
 import fl
 import sam
 
@@ -277,7 +278,7 @@ class FedLESAMD(fl.FedLESAM, FedDyn):
     memory = 2
 
 
-class DynaFedAdam(fl.DynaFed, LocalAdam):
+class DynaFedAdam(fedsynsam.DynaFed, LocalAdam):
     """DynaFed on LocalAdam: the server of DynaFed, and clients as in its released code.
 
     w [d]; 1 gradient a step; d floats up and down; client m, v, k [3, d]; server as DynaFed's.
@@ -311,6 +312,6 @@ class GCSAM(fl.FedSAM):
         return g if code else sam.centralise(g, shapes)
 
 
-METHODS = {**fl.METHODS, **align.METHODS, **ceiling.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
+METHODS = {**fl.METHODS, **fedsynsam.METHODS, **align.METHODS, **ceiling.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
            "mofedsam": MoFedSAM, "fedgamma": FedGAMMA, "fedspeed": FedSpeed, "fedsmoo": FedSMOO, "fedlesam-s": FedLESAMS,
            "fedlesam-d": FedLESAMD, "fedasam": FedASAM, "gcsam": GCSAM, "fedavg-adam": LocalAdam, "dynafed-adam": DynaFedAdam}

@@ -6,7 +6,7 @@ prints it, config.json in every run folder records it, and a test checks that ev
 [DynaFed] the value is that of DynaFed's released code; [FL-Simulator] that of the released code of FedSpeed's and FedSMOO's
 authors; [Caldarola] that of FedASAM's; [paper] the paper's rule, where released code has another;  [ours] the source leaves it
 open (of FedSynSAM only the abstract was at hand), and this is our choice, made on validation data where a number is meant
-(README, "How the defaults were chosen").  Read next: run.py.
+(README, "How the defaults were chosen").  Read next: presets.py.
 """
 import dataclasses
 import difflib
@@ -19,7 +19,7 @@ import baselines
 import bits
 import compress
 import data
-import fl
+import fedsynsam
 import models
 import split
 import synth
@@ -112,7 +112,7 @@ class Config:
     finetune_lr: float = option(1e-4, "DynaFed: Adam rate of the server [DynaFed]")
     finetune_batch: int = option(256, "DynaFed: images per server step [DynaFed]")
     # an update as data (FedSynth)
-    fs_objective: str = option("data", "learn what does well on the client's data [paper], or what reproduces its update [Goetz and Tewari]", "data", "update")
+    fs_objective: str = option("update", "learn what reproduces the client's update [Goetz and Tewari], or what does well on its data [paper]; the default is ours, README", "update", "data")
     fs_batches: int = option(4, "synthetic batches M, used one after the other [ours]")
     fs_images: int = option(4, "images of a synthetic batch n [ours]")
     fs_steps: int = option(20, "Adam steps S of a client in a round [ours]")
@@ -147,7 +147,7 @@ class Config:
                 raise ValueError(f"{f.name} = {value!r} is unknown; {closest(value, legal)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{f.name} = {value} is not a finite number")
-        distils = issubclass(baselines.METHODS[self.algo], fl.Distilling)
+        distils = issubclass(baselines.METHODS[self.algo], fedsynsam.Distilling)
         for name, low, high in (
                 ("seed", 0, 2**31), ("val", 1, None), ("classes_per_client", 1, None), ("min_size", 1, None), ("width", 1, 512),
                 ("hidden", 1, 8192), ("depth", 1, 100), ("clients", 1, None), ("participation", 1, self.clients), ("rounds", 1, None),

@@ -4,7 +4,7 @@ runs/NAME/ holds config.json (all settings, versions, hardware), log.jsonl (a li
 checkpoint.pt, and at the end result.json, curve.png and synthetic.png. Nothing in it depends on the clock except `seconds`
 in result.json, so a run that was killed at any moment and continued ends with the same bytes in its log and the same bits
 in its weights (on a CPU, with any number of threads): a checkpoint is replaced in one piece and knows how long the log
-was when it was written; what was logged later is cut off and logged again.  Read next: run.py.
+was when it was written; what was logged later is cut off and logged again.  Read next: study.py.
 """
 import contextlib
 import dataclasses

@@ -14,7 +14,7 @@ parameters stay where they are (`filter_direction`). Then the slice does not cha
 
 All of it returns numbers; the loss and its gradient come as callables, those of a network from `sharpness.Objective`.
 
-Sources: Foret et al. 2021 (SAM); Li et al. 2018, Visualizing the Loss Landscape of Neural Nets. Read next: fl.py.
+Sources: Foret et al. 2021 (SAM); Li et al. 2018, Visualizing the Loss Landscape of Neural Nets. Read next: data.py.
 """
 from typing import NamedTuple
 

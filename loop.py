@@ -11,7 +11,7 @@ threads of one core each (faster on a CPU), and may be dealt out to several proc
 randomness comes from `fl.generator(seed, what, round, client)`, so a run that is cut off and resumed, or spread over more
 workers, draws the same numbers.
 
-Sources: McMahan et al. 2017, Algorithm 1; error feedback, Karimireddy et al. 2019. Read next: ranks.py.
+Sources: McMahan et al. 2017, Algorithm 1; error feedback, Karimireddy et al. 2019. Read next: config.py.
 """
 from concurrent.futures import ThreadPoolExecutor
 

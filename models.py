@@ -28,7 +28,7 @@ MAN names the layers of its lenet only, so for convnet and resnet18 this is ours
 
 Sources: cnn, McMahan et al. 2017; convnet, Pi et al. 2023 (DynaFed); GroupNorm for BatchNorm, Hsieh et al. 2020; activity,
 Yashwanth et al. 2024 (MAN, arXiv 2512.08314).
-Read next: compress.py.
+Read next: fl.py.
 """
 import copy
 import threading

@@ -16,7 +16,7 @@ Outside a group (one process) each of them does the obvious thing without any co
 once. An error that one rank alone meets is carried to all by `served` and `gathered`; a rank that dies closes its connections,
 and then the others raise `Lost` instead of waiting for ever.
 
-Source: torch.distributed (gloo on CPUs, nccl on GPUs). Read next: sharpness.py.
+Source: torch.distributed (gloo on CPUs, nccl on GPUs). Read next: tasks.py.
 """
 import datetime
 import os

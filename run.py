@@ -41,6 +41,7 @@ import claims
 import compress
 import config
 import experiment
+import fedsynsam
 import fl
 import loop
 import models
@@ -163,7 +164,7 @@ def listing(cfg=Config()):
     """
     w = models.build(cfg.model, (1, 28, 28), 10, cfg.width, cfg.hidden, depth=cfg.depth, stem=cfg.stem).w0
     task = types.SimpleNamespace(w0=w, apply=None, train=types.SimpleNamespace(x=torch.zeros(0, 1, 28, 28), classes=range(10)))
-    one_up, wire, synthetic = len(config.compressor(cfg, len(w)).encode(w)), compress.Identity(), fl.FedSynth(task, cfg).codec(None, w).size
+    one_up, wire, synthetic = len(config.compressor(cfg, len(w)).encode(w)), compress.Identity(), fedsynsam.FedSynth(task, cfg).codec(None, w).size
     times = lambda n: "-" if n == 0 else "d" if n == 1 else f"{n} d"                                # noqa: E731
     rows = [("method", "parent", "gradients", "up", "bytes up", "down", "bytes down", "client keeps", "server keeps", "source")]
     for name, kind in baselines.METHODS.items():
@@ -172,15 +173,15 @@ def listing(cfg=Config()):
         kept = [k + " [d]" * torch.is_tensor(v) for k, v in vars(method).items() if k not in ("task", "cfg")]
         source = " ".join(kind.__doc__.split("Source:")[1].split()).split(";")[0].rstrip(".")
         ups, down = method.uplinks + method.surveys, down + [w] * method.surveys                     # an answer up, the mean down
-        rows.append((name, " + ".join(c.__name__ for c in kind.__bases__ if c is not object) or "-", f"{method.gradients}{' + all' * method.surveys}", "D_syn" if kind is fl.FedSynth else times(ups),
-                     f"{synthetic if kind is fl.FedSynth else ups * one_up:,}", times(len(down)) + " + parcel" * (kind.parcel is not fl.FedAvg.parcel),
+        rows.append((name, " + ".join(c.__name__ for c in kind.__bases__ if c is not object) or "-", f"{method.gradients}{' + all' * method.surveys}", "D_syn" if kind is fedsynsam.FedSynth else times(ups),
+                     f"{synthetic if kind is fedsynsam.FedSynth else ups * one_up:,}", times(len(down)) + " + parcel" * (kind.parcel is not fl.FedAvg.parcel),
                      f"{sum(len(wire.encode(x)) for x in down):,}", times(method.memory), ", ".join(kept) or "-", source))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(widths), *lines[1:], "",
                       f"gradients: per local step; all: one over all of a client's images, once a round. d = {len(w):,} (the default network); up: compressed by {cfg.compress}, down: uncompressed.",
-                      f"fedsynth sends {cfg.fs_batches} x {cfg.fs_images} images ({cfg.fs_format}), whatever `compress` is, and its gradients are those of the "
-                      f"learning (README); random masking at equal bytes: --algo fedavg --compress randk --no-scaled --k {compress.masking_within(synthetic)}.",
+                      f"fedsynth sends {cfg.fs_batches} x {cfg.fs_images} images ({cfg.fs_format}), whatever `compress` is, and the gradients of "
+                      f"learning them come on top (README); random masking at equal bytes: --algo fedavg --compress randk --no-scaled --k {compress.masking_within(synthetic)}.",
                       "A parcel (synthetic images) is fetched once. What a method does: python run.py --explain METHOD"])
 
 

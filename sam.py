@@ -7,7 +7,7 @@ the rim of a ball of radius rho, reads the gradient there, and takes that gradie
     w  <- w - eta grad F(w + eps)                                                (`sam_gradient`)
 
 Why the direction u is an argument. A client of a federation wants to flatten the GLOBAL loss F = mean_i F_i, but at its
-own point w it can only see F_i. What it takes for u is what separates the methods of fl.py:
+own point w it can only see F_i. What it takes for u is what separates the methods:
 
     FedSAM      its own mini-batch gradient: uphill for F_i, which under skewed data may be downhill for F
     FedLESAM    minus the last move of the global model: global, but old, and blurred by compression

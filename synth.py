@@ -17,7 +17,7 @@ after the other lead from w^t to where it wants the model to be, and sends the b
 compressor like those of compress.py, but for its price: S M gradients of gradients a message).
 
 What D_syn is good for: DynaFed trains on it at the server; FedSynSAM reads the global ascent direction from it
-(the gradient of `synthetic_loss`; fl.py). The soft cross-entropy here is the true one, a sum over classes; DynaFed's code also divides
+(the gradient of `synthetic_loss`; fedsynsam.py). The soft cross-entropy here is the true one, a sum over classes; DynaFed's code also divides
 by the number of classes C, so its step size 0.04 is 0.004 here (C = 10).
 
 Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878) and its released code; trajectory matching, Cazenavette et al. 2022; the

@@ -37,6 +37,7 @@ import compress
 import config
 import data
 import experiment
+import fedsynsam
 import fl
 import landscape
 import loop
@@ -1523,7 +1524,7 @@ def test_fl_fedsynth_trains_on_colour_images_and_continues_with_its_residuals(tm
     cfg = config.Config(algo="fedsynth", model="mlp", clients=3, participation=3, local_steps=2, batch=4, fs_objective="update", error_feedback=True,
                         fs_steps=3, fs_batches=2, fs_images=2).check()
     task = tasks.Task(models.build("mlp", (3, 8, 8), 4, hidden=4), images, list(torch.arange(n).split(20)), cfg)
-    fed, resumed = (loop.Federation(fl.FedSynth(task, cfg)) for _ in range(2))
+    fed, resumed = (loop.Federation(fedsynsam.FedSynth(task, cfg)) for _ in range(2))
     fed.round()
     experiment.save(tmp_path, fed, 1.0, 0)
     experiment.restore(tmp_path, resumed)
@@ -2144,7 +2145,7 @@ def test_baselines_padded_steps_change_neither_message_nor_memory(algo, bundled)
 def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     """Gradients counted, bytes measured, attributes found; against the docstring and the line of `run.py --list`."""
     cfg = config.Config(algo=algo, model="mlp", hidden=8, fs_batches=2, fs_images=2)
-    fed = vision(algo, bundled, torch.float32, begin=3, hidden=8, fs_format=cfg.fs_format)
+    fed = vision(algo, bundled, torch.float32, begin=3, hidden=8, fs_format=cfg.fs_format, fs_objective=cfg.fs_objective)
     fed.compressor, calls, grad_of, up, down = config.compressor(cfg, len(fed.w)), [], fed.method.grad_of, fed.up, fed.down
     fed.method.grad_of = lambda loss, w: calls.append(1) or grad_of(loss, w)
     fed.holders = set(range(6))                                                      # the parcel, if any, has been fetched
@@ -2172,8 +2173,8 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     assert (ups == "D_syn") == (algo == "fedsynth")
     if algo == "fedsynth":
         masked = config.compressor(config.Config(compress="randk", scaled=False, k=int(re.search(r"--k (\d+)", run.listing(cfg)).group(1))), d)
-        assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "0 gradients a step" in kind.__doc__
-    elif not issubclass(kind, fl.Distilling) or said:
+        assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "1 gradient a step" in kind.__doc__
+    elif not issubclass(kind, fedsynsam.Distilling) or said:
         both = "and down" in said.group()
         assert int(said.group(1) or 1) == kind.uplinks + kind.surveys and int((said.group(1) if both else said.group(2)) or 1) == vectors_down
         assert int(re.search(r"(\d) gradients? a step", kind.__doc__).group(1)) == int(gradients.split()[0])
@@ -2517,7 +2518,7 @@ def main(capsys, *args):
 
 
 def test_config_every_field_is_read_and_described():
-    text = "".join((HERE / f).read_text() for f in ("fl.py", "align.py", "ceiling.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
+    text = "".join((HERE / f).read_text() for f in ("fl.py", "fedsynsam.py", "align.py", "ceiling.py", "baselines.py", "tasks.py", "synth.py", "loop.py", "experiment.py", "config.py", "presets.py", "run.py"))
     for f in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|c|base|self)\.{f.name}\b", text), f"config field {f.name} is never read"
         assert len(f.metadata["text"]) > 5
@@ -2572,7 +2573,7 @@ def test_presets_print_the_published_number_beside_ours_and_yield_to_flags(tmp_p
     ("--explain {nothing}", "unknown method ''"), ("--algo", "expected at least one"), ("--preset fedwmsam", "did you mean 'fedwmsam-fmnist'"), ("--lr-decay 0", "above 0"),
     ("--momentum-alpha 0", "above 0"), ("--man -0.1", "at least 0"), ("--adam-b1 1", "0..0.9999"), ("--prox -1", "at least 0"), ("--algo scafold", "did you mean 'scaffold'"), ("--seeds 100000000", "1..1000"), ("--width 4096", "1..512"),
     ("--name {long}", "plain folder name"), ("--resume {long}", "no run folder"), ("--resume {moved}", "no such file"),
-    ("--algo fedsynth --error-feedback", "--fs-objective update"), ("--fs-steps 0", "in 1..100000"), ("--fs-step 0", "above 0"), ("--fs-format int8", "did you mean 'uint8'"),
+    ("--algo fedsynth --fs-objective data --error-feedback", "--fs-objective update"), ("--fs-steps 0", "in 1..100000"), ("--fs-step 0", "above 0"), ("--fs-format int8", "did you mean 'uint8'"),
     ("--nu 0", "in 1e-06..100"), ("--compress dithering --nu 2 --no-randomized", "below 1"), ("--code zip", "legal: fixed, elias, runs"),
     ("--compress dithering --nu 1 --error-feedback", "below 1"), ("--experiment sharpnes", "did you mean 'sharpness'"), ("--experiment oracle --size cp", "did you mean 'cpu'"), ("--experiment oracle --rounds 3", "leave out --rounds"),
     ("--experiment oracle --tune fedavg", "give one of them"), ("--experiment oracle --procs 2", "share its runs"), ("--tune scafold", "did you mean 'scaffold'"), ("--size cpu", "belongs to"),
@@ -2708,7 +2709,7 @@ def test_config_synthesis_settings_do_not_bind_methods_without_synthesis():
 
 
 def test_a_method_is_at_most_about_ten_lines_of_difference():
-    for method in {*baselines.METHODS.values(), fl.Distilling, align.Displaced}:
+    for method in {*baselines.METHODS.values(), fedsynsam.Distilling, align.Displaced}:
         if method is not fl.FedAvg:
             lines = [line.strip() for line in inspect.getsource(method).replace(method.__doc__, "").splitlines()]
             assert sum(1 for line in lines if line and not line.startswith(("class ", "def ", '"""'))) <= 12, method
@@ -3031,7 +3032,7 @@ def chapters():
     return [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if not p.stem.startswith("test")]
 
 
-NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "ceiling", "baselines", "tasks", "memory", "loop"]         # the chapters whose functions take tensors
+NUMBERS = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "fedsynsam", "align", "ceiling", "baselines", "tasks", "memory", "loop"]         # the chapters whose functions take tensors
 
 
 def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from():
@@ -3054,13 +3055,25 @@ def test_every_public_docstring_says_what_goes_in_and_out_and_where_it_is_from()
     assert not bare, bare
 
 
+def reading_order():
+    """The README's table: [(chapter, what it teaches), ...]."""
+    return re.findall(r"^\| `(\w+)\.py` \| (.*) \|$", (HERE / "README.md").read_text(), re.M)
+
+
+def test_every_chapter_says_which_to_read_next_in_the_order_of_the_readme():
+    order = [c for c, _ in reading_order()]
+    for this, then in zip(order, order[1:]):
+        assert f"Read next: {then}.py" in (HERE / f"{this}.py").read_text(), this
+
+
 def test_imports_form_a_line_and_star_imports_do_not_exist():
-    order = ["bits", "compress", "sam", "synth", "sharpness", "data", "split", "models", "landscape", "fl", "align", "ceiling", "baselines", "ranks", "tasks", "memory", "loop", "config", "presets", "experiment", "study", "tune", "relatives", "claims", "run"]
+    order = [c for c, _ in reading_order()]
+    assert order[0] == "bits" and {c.__name__ for c in chapters()} | {"test_all"} == set(order)
     for name in order:
         text = (HERE / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
         assert found & set(order) <= set(order[:order.index(name)]), name
-        assert "import *" not in text
+        assert not re.search(r"^from \w+ import \*", text, re.M)
 
 
 def readme_commands():
