@@ -139,7 +139,8 @@ class Alignment(study.Claim):
     Source: FedSynSAM, abstract: what local SAM and the previous update get wrong.
     """
     name, source = "alignment", "FedSynSAM, arXiv 2602.11584"
-    says = "A client's own gradient and the previous update mis-estimate the global perturbation, the latter more under compression; synthetic data estimate it well"
+    says = ("A client's own gradient and the previous update mis-estimate the global perturbation, the latter more under compression; "
+            "synthetic data estimate it well")
     refuted = ("the synthetic gradient's cosine to the global one is below that of the own gradient or of the last move, or compression raises the "
                "last move's cosine; it holds if every cell goes the claimed way")
     LINKS = {"none": UPLINKS["none"], "4 bits": UPLINKS["4 bits"], "2 bits": UPLINKS["2 bits"], "top 5 %": {"compress": "topk", "k": 0.05}}
@@ -147,7 +148,8 @@ class Alignment(study.Claim):
     def cells(self, world):
         start = self.worlds()[world]
         rounds = 40 if self.size == "cpu" else start["rounds"]
-        fields = {"algo": "dynafed", "finetune_epochs": 0, "rounds": rounds, "measure_every": max(1, rounds // 8), **({"measure_images": 800} if self.size == "cpu" else {})}
+        small = {"measure_images": 800} if self.size == "cpu" else {}
+        fields = {"algo": "dynafed", "finetune_epochs": 0, "rounds": rounds, "measure_every": max(1, rounds // 8), **small}
         splits, links = (("Dir 0.1",), ("none", "2 bits")) if self.size == "quick" else (("Dir 0.6", "Dir 0.1"), self.LINKS)
         return {f"{split}, {link}": {**fields, **SPLITS[split], **self.LINKS[link]} for split in splits for link in links}
 

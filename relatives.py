@@ -219,14 +219,17 @@ class Ceiling(study.Claim):
         flat = paired(cells["oracle"], cells["fedavg"], eigenvalue)
         share = shares(gain)
         words = "; ".join(f"{label} {said(d)}" + (f", {100 * share[label]:.0f} % of the gap" if share else "") for label, d in gain.items())
-        return (f"{study.judge([study.differs(gain['oracle'])])}: test accuracy minus FedAvg's: {words}. " + ("" if share else "No shares: the gap is not told apart from none. ") +
+        none = "" if share else "No shares: the gap is not told apart from none. "
+        return (f"{study.judge([study.differs(gain['oracle'])])}: test accuracy minus FedAvg's: {words}. {none}"
                 f"The oracle's top eigenvalue minus FedAvg's: {said(flat, '+.1f')}")
 
     def draw(self, cells, path):
         share = shares({label: paired(rows, cells["fedavg"], accuracy) for label, rows in cells.items() if label != "fedavg"})
         with plot.figure(path, 2, width=6.8, height=4) as axes:
             for axis, (f, label) in zip(axes, ((accuracy, "test accuracy (%)"), (eigenvalue, "top Hessian eigenvalue"))):
-                names = {x: x.replace(" (", "\n(").replace("-", "-\n").replace(" gradients", "") + (f"\n{100 * share[x]:.0f} %" if share and x in share and f is accuracy else "") for x in cells}
+                names = {x: x.replace(" (", "\n(").replace("-", "-\n").replace(" gradients", "") for x in cells}
+                if f is accuracy:
+                    names = {x: n + (f"\n{100 * share[x]:.0f} %" if x in share else "") for x, n in names.items()}
                 plot.bars(axis, {names[x]: (x, values(rows, f)) for x, rows in cells.items()}, label)
             axes[0].set_title("below the names: share of the gap closed" if share else "the gap is not told apart from none", fontsize=9)
 

@@ -281,7 +281,8 @@ def keep(claim, worlds, command):
 def one_row_a_line(stored):
     """The JSON of results, such that a person and `diff` can read it: one line for each row."""
     part = lambda v: "[\n" + ",\n".join(json.dumps(r) for r in v) + "]" if isinstance(v, list) else json.dumps(v)                   # noqa: E731
-    return "{" + ",\n".join(f"{json.dumps(size)}: {{\n" + ",\n".join(f"{json.dumps(k)}: {part(v)}" for k, v in x.items()) + "}" for size, x in stored.items()) + "}\n"
+    whole = lambda x: "{\n" + ",\n".join(f"{json.dumps(k)}: {part(v)}" for k, v in x.items()) + "}"                                # noqa: E731
+    return "{" + ",\n".join(f"{json.dumps(size)}: {whole(x)}" for size, x in stored.items()) + "}\n"
 
 
 def figure_of(name, world):
