@@ -11,7 +11,7 @@
 What is compared shares seeds, rounds and the rule how settings were chosen (tune.py, or the defaults for all); differences are paired and
 the verdict is computed from them (study.py). A verdict is about these images, networks and rounds, and no more than that.
 
-"cpu: ... minutes" is an estimate for two free cores. Sources: each class names its own. Read next: run.py.
+"cpu: ... minutes" is an estimate for two free cores. Sources: each class names its own. Read next: show.py.
 """
 import math
 import statistics

@@ -48,6 +48,7 @@ import ranks
 import run
 import sam
 import sharpness
+import show
 import split
 import study
 import synth
@@ -2152,7 +2153,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     fed.holders = set(range(6))                                                      # the parcel, if any, has been fetched
     fed.round()
     m, d, K, kind = 4, len(fed.w), 3, type(fed.method)
-    line = next(row for row in run.listing(cfg).splitlines() if row.startswith(f"| {algo} "))
+    line = next(row for row in show.listing(cfg).splitlines() if row.startswith(f"| {algo} "))
     name, parent, gradients, ups, bytes_up, downs, bytes_down, client, server, source = [cell.strip() for cell in line.strip("|").split("|")]
     whole = sum(len(fed.task.everything(i)) for i in fed.clients(3)) * gradients.endswith(" + all")
     assert len(calls) == m * K * int(gradients.split()[0]) + whole and (whole > 0) == ("one over all images a round" in kind.__doc__)
@@ -2173,7 +2174,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     said = re.search(r"(\d )?d floats up(?: and down|[^;]*?, (\d )?d down)", kind.__doc__.replace("\n", " "))
     assert (ups == "D_syn") == (algo == "fedsynth")
     if algo == "fedsynth":
-        masked = config.compressor(config.Config(compress="randk", scaled=False, k=int(re.search(r"--k (\d+)", run.listing(cfg)).group(1))), d)
+        masked = config.compressor(config.Config(compress="randk", scaled=False, k=int(re.search(r"--k (\d+)", show.listing(cfg)).group(1))), d)
         assert 0 <= (fed.up - up) // m - len(masked.encode(fed.w)) < 4 and "1 gradient a step" in kind.__doc__
     elif not issubclass(kind, fedsynsam.Distilling) or said:
         both = "and down" in said.group()
