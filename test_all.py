@@ -1425,12 +1425,12 @@ def test_fl_bytes_are_the_lengths_of_what_was_sent(bundled):
 def test_fl_many_compressed_rounds_average_to_the_uncompressed_one():
     exact = quad(Quadratics(), "fedavg").w
     fed, ends = quad(Quadratics(), "fedavg", QSGD(2, "l2", 0, f64), rounds=0), []
-    for seed in range(500):
+    for seed in range(300):
         fed.cfg, fed.t, fed.w = dataclasses.replace(fed.cfg, seed=seed), 0, fed.task.w0
         fed.round()
         ends.append(fed.w)
     ends = torch.stack(ends)
-    assert ((ends.mean(0) - exact).abs() <= 4.5 * ends.std(0) / 500**0.5).all() and ends.std(0).min() > 0
+    assert ((ends.mean(0) - exact).abs() <= 4.5 * ends.std(0) / 300**0.5).all() and ends.std(0).min() > 0
 
 
 def test_fl_unbiased_compression_reaches_a_neighbourhood_that_shrinks_with_the_step():
@@ -2229,7 +2229,7 @@ def three_rounds_of_every_method(path, **kw):
 
 
 @pytest.mark.parametrize("procs, kw", [(2, {"error_feedback": True, "participation": 5}),
-                                       (3, {"local_epochs": 1, "partition": "dirichlet-class", "min_size": 2, "average": "size"})])
+                                       (3, {"local_epochs": 1, "batch": 16, "partition": "dirichlet-class", "min_size": 2, "average": "size"})])
 def test_ranks_give_the_numbers_of_one_process(procs, kw, tmp_path):
     three_rounds_of_every_method(tmp_path / "1", **kw)
     alone = torch.load(tmp_path / "1")
