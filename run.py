@@ -283,4 +283,10 @@ def command(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    try:
+        code = command()
+        sys.stdout.flush()
+    except BrokenPipeError:                                       # `python run.py --list | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

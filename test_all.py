@@ -2692,6 +2692,12 @@ def test_run_damaged_or_foreign_checkpoints_are_refused(tmp_path, capsys):
     assert code == 2 and "other settings" in err
 
 
+def test_run_a_reader_that_closes_the_pipe_is_no_error():
+    run_py = subprocess.Popen([sys.executable, "run.py", "--list"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run_py.stdout.close()
+    assert run_py.wait(timeout=100) == 0 and run_py.stderr.read() == b""
+
+
 @pytest.mark.parametrize("name", list(baselines.METHODS))
 def test_run_explain_shows_the_source_that_differs(name, capsys):
     code, out, _ = main(capsys, "--explain", name)
