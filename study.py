@@ -9,7 +9,8 @@ A CLAIM of a paper becomes an experiment by answering five questions (class `Cla
     draw      the figure
 
 A size is one or more WORLDS (data, network, rounds). `conduct` runs the cells that are not done yet, each with the same seeds (the same
-split, weights, clients and batches for every cell of a seed), and may be killed and called again; two calls at once share the work.
+split, weights, clients and batches for every cell of a seed), and may be killed and called again; two calls at once share the work, and
+experiments share the runs whose settings are the same.
 
 Differences between cells are PAIRED: taken seed by seed, then averaged, which removes what the seeds have in common. With three
 seeds their standard error is itself uncertain, so a difference counts only if its mean is two standard errors or more AND every
@@ -129,15 +130,15 @@ def alone_in(folder, work):
 
 
 def one(folder, cfg, world, label, claim):
-    """One run of an experiment -> its row: world, cell, seed, settings, result, log, and the claim's own measures; kept in row.json.
+    """One run of an experiment -> its row: world, cell, seed, settings, result, log, and the claim's own measures; kept in NAME.json.
 
     A run that diverges gives a row that says so.
     """
     def work():
-        done = folder / "row.json"
+        done = folder / f"{claim.name}.json"
         row = json.loads(done.read_text()) if done.exists() else {}
         if row.get("hash") == cfg.hash():
-            return row
+            return row | {"world": world, "cell": label}              # a cell may have been renamed
         row = {"world": world, "cell": label, "seed": cfg.seed, "hash": cfg.hash(), "fields": differing(cfg)}
         try:
             result, fed = trained(folder, cfg, f"{world} {label} seed {cfg.seed}".strip())
@@ -147,7 +148,7 @@ def one(folder, cfg, world, label, claim):
             row["diverged"] = str(error)
         row["machine"] = json.loads((folder / "config.json").read_text())["machine"]
         experiment.write(done, json.dumps(row) + "\n")
-        print(f"{folder}: " + (row.get("diverged") or f"{row['seconds']:.0f} s"), file=sys.stderr, flush=True)
+        print(f"{claim.name}: {world} {label}, seed {cfg.seed}, {folder}: ".replace(":  ", ": ") + (row.get("diverged") or f"{row['seconds']:.0f} s"), file=sys.stderr, flush=True)
         return row
     return alone_in(folder, work)
 
@@ -174,9 +175,13 @@ def shared(jobs, wait=2.0):
 
 
 def conduct(claim, root, **machine):
-    """Run what is not done yet of an experiment, in root/NAME-SIZE -> {world: {label: rows over seeds}}."""
-    folder, worlds = root / f"{claim.name}-{claim.size}", {}
-    jobs = [functools.partial(one, folder / slug(f"{world} {label} s{cfg.seed}"), cfg, world, label, claim) for world, label, cfg in claim.runs(**machine)]
+    """Run what is not done yet of an experiment, in root/SIZE/METHOD-HASH -> {world: {label: rows over seeds}}.
+
+    The folder's name depends on the settings only: runs that several experiments ask for are done once.
+    """
+    worlds = {}
+    jobs = [functools.partial(one, root / claim.size / f"{cfg.algo}-s{cfg.seed}-{cfg.hash()}", cfg, world, label, claim)
+            for world, label, cfg in claim.runs(**machine)]
     for row in shared(jobs):
         worlds.setdefault(row["world"], {}).setdefault(row["cell"], []).append(row)
     for cells in worlds.values():

@@ -2728,10 +2728,9 @@ class Tiny(study.Claim):
     """Two cells, in seconds."""
     name, says, refuted, source = "tiny", "Tiny things are small", "they are large", "nobody"
     seeds = {"quick": 2}
-    rho = 0.1
 
     def cells(self, world):
-        return {"plain": {"algo": "fedavg", "checkpoint_every": 1}, "up hill": {"algo": "fedsam", "rho": self.rho, "checkpoint_every": 1}}
+        return {"plain": {"algo": "fedavg", "checkpoint_every": 1}, "up hill": {"algo": "fedsam", "rho": 0.1, "checkpoint_every": 1}}
 
     def measure(self, fed, rows):
         return {"norm": float(fed.w.norm())}
@@ -2791,18 +2790,21 @@ def test_study_a_killed_experiment_continues_to_the_same_rows(tmp_path, monkeypa
     for n in (0, 1):
         with pytest.raises(KeyboardInterrupt):
             study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")
-    assert len(list((tmp_path / "cut").rglob("row.json"))) == 1                       # 4 checkpoints, less the 2 that were there
+    assert len(list((tmp_path / "cut").rglob(f"{Tiny.name}.json"))) == 1                       # 4 checkpoints, less the 2 that were there
     cut = study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")
     assert without_time(cut) == without_time(whole) and len(calls) == 16
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.json*")}
     assert without_time(study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")) == without_time(whole)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.json*")}           # and does nothing when all is done
-    for path in (tmp_path / "cut").rglob("row.json"):                                 # trained, but killed while it was measured
+    for path in (tmp_path / "cut").rglob(f"{Tiny.name}.json"):                                 # trained, but killed while it was measured
         path.unlink()
     assert without_time(study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")) == without_time(whole) and len(calls) == 16
-    monkeypatch.setattr(Tiny, "rho", 0.3)
+    monkeypatch.setattr(Tiny, "name", "other")                                        # another experiment of the same runs only measures
+    assert [r["norm"] for rows in study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")[""].values() for r in rows] == [
+        r["norm"] for rows in whole[""].values() for r in rows] and len(calls) == 16
+    folder = next((tmp_path / "cut" / "quick").glob("fedavg-s0-????????"))
     with pytest.raises(experiment.UserError, match="other settings"):
-        study.conduct(Tiny("quick", tmp_path), tmp_path / "cut")
+        study.trained(folder, config.Config().check(), "")
 
 
 def test_study_two_calls_share_the_runs(tmp_path):
@@ -2948,7 +2950,7 @@ def test_claims_an_experiment_from_its_command_to_its_files(tmp_path, capsys):
     assert stored["command"] == "python run.py --experiment oracle --size quick" and stored["worlds"][""]["table"] in out and stored["machines"][0]["torch"] == torch.__version__
     assert [r["cell"] for r in stored["rows"]] == ["fedavg", "fedsam", "oracle"] and stored["rows"][2]["fields"]["oracle_images"] == 20
     assert config.Config(**{**stored["defaults"], **stored["rows"][1]["fields"]}).check().hash() == stored["rows"][1]["hash"]         # all settings are there
-    assert (tmp_path / "results" / "oracle.png").stat().st_size > 10000 and len(list((tmp_path / "experiments" / "oracle-quick").glob("*/row.json"))) == 3
+    assert (tmp_path / "results" / "oracle.png").stat().st_size > 10000 and len(list((tmp_path / "experiments" / "quick").glob("*/oracle.json"))) == 3
     assert main(capsys, *words)[:2] == (0, out)
 
 
