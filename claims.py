@@ -250,7 +250,7 @@ class Accuracy(study.Claim):
                 axis.set(xlabel=x, ylabel="test accuracy (%)", ylim=(max(0, best - 25), best + 2))
             plot.dots(axes[2], {label.split(" (")[0]: {label.split(" (")[0]: values(rows, eigenvalue)} for label, rows in cells.items()},
                       "top Hessian eigenvalue", dodge=False)
-            axes[2].set_xticks(axes[2].get_xticks(), axes[2].get_xticklabels(), rotation=35, ha="right")
+            plot.slant(axes[2])
             plot.legend(axes[0], "lower right", 2)
 
 

@@ -225,14 +225,16 @@ class Ceiling(study.Claim):
                 f"The oracle's top eigenvalue minus FedAvg's: {said(flat, '+.1f')}")
 
     def draw(self, cells, path):
-        share = shares({label: paired(rows, cells["fedavg"], accuracy) for label, rows in cells.items() if label != "fedavg"})
-        with plot.figure(path, 2, width=6.8, height=4) as axes:
-            for axis, (f, label) in zip(axes, ((accuracy, "test accuracy (%)"), (eigenvalue, "top Hessian eigenvalue"))):
-                names = {x: x.replace(" (", "\n(").replace("-", "-\n").replace(" gradients", "") for x in cells}
-                if f is accuracy:
-                    names = {x: n + (f"\n{100 * share[x]:.0f} %" if x in share else "") for x, n in names.items()}
-                plot.bars(axis, {names[x]: (x, values(rows, f)) for x, rows in cells.items()}, label)
-            axes[0].set_title("below the names: share of the gap closed" if share else "the gap is not told apart from none", fontsize=9)
+        gain = {label: paired(rows, cells["fedavg"], accuracy) for label, rows in cells.items() if label != "fedavg"}
+        share = shares(gain)
+        with plot.figure(path, 3, width=4.8, height=4.4) as axes:
+            plot.dots(axes[0], {x: {x: values(rows, accuracy)} for x, rows in cells.items()}, "test accuracy (%)", dodge=False)
+            plot.dots(axes[1], {x + (f", {100 * share[x]:.0f} %" if x in share else ""): {x: d} for x, d in gain.items()},
+                      "test accuracy minus FedAvg's, same seed", "%: share of the gap closed" if share else "the gap is not told apart from none", dodge=False)
+            plot.dots(axes[2], {x: {x: values(rows, eigenvalue)} for x, rows in cells.items()}, "top Hessian eigenvalue", dodge=False)
+            axes[1].axhline(0, color="black", lw=0.6)
+            for axis in axes:
+                plot.slant(axis)
 
 
 def shares(gain):

@@ -295,6 +295,12 @@ def figure_of(name, world):
     return slug(f"{name} {world}") + ".png"
 
 
+def bold(verdict):
+    """A verdict with its word in bold, Markdown."""
+    word, colon, rest = verdict.partition(":")
+    return f"**{word}{colon}**{rest}"
+
+
 def report(readme, folder):
     """Rewrite `readme` between <!-- NAME --> and <!-- /NAME --> from folder/NAME.json, its largest size -> the names.
 
@@ -310,7 +316,7 @@ def report(readme, folder):
         stored = json.loads(path.read_text())
         part = stored[max(stored, key=SIZES.index)]
         words = f"{part['claim']} ({part['source']}). Refuted if {part['refuted_by']}. `{part['command']}`\n\n" + "\n\n".join(
-            f"{world}\n\n{x['table']}\n\n**{x['verdict']}**\n\n![{name}]({where}/{figure_of(name, world)})".strip() for world, x in part["worlds"].items())
+            f"{world}\n\n{x['table']}\n\n{bold(x['verdict'])}\n\n![{name}]({where}/{figure_of(name, world)})".strip() for world, x in part["worlds"].items())
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + words + "\n" + m[2], text, flags=re.S)
     experiment.write(readme, text)
     return names

@@ -115,22 +115,27 @@ def colour(name, n=0):
 
 
 def dots(axis, groups, label, title="", dodge=True):
-    """Means with standard deviations over seeds, every seed a faint dot; groups: {place on the x axis: {series: numbers}}.
+    """Means with standard deviations over seeds, every seed a faint dot beside them; groups: {place on the x axis: {series: numbers}}.
 
-    dodge: series stand side by side at each place; else above one another, for places of one series.
+    dodge: series stand side by side at each place, each with its own mark; else each place has one series.
     """
     names = list(dict.fromkeys(name for g in groups.values() for name in g))
     for n, name in enumerate(names):
         places = [(x + dodge * 0.7 * ((n + 0.5) / len(names) - 0.5), g[name]) for x, g in enumerate(groups.values()) if g.get(name)]
-        c = colour(name, n)
+        c, mark = colour(name, n), MARKS[n % len(MARKS)] if dodge else "o"
         for at, numbers in places:
-            axis.plot([at] * len(numbers), numbers, MARKS[n % len(MARKS)], color=c, alpha=0.5, ms=3.5, mew=0)
+            axis.plot([at + 0.17 / (len(names) if dodge else 1)] * len(numbers), numbers, mark, color=c, alpha=0.5, ms=3.5, mew=0)
         axis.errorbar([at for at, _ in places], [np.mean(v) for _, v in places], [np.std(v, ddof=1) if len(v) > 1 else 0 for _, v in places],
-                      fmt=MARKS[n % len(MARKS)], color=c, capsize=3, ms=6, label=name)
+                      fmt=mark, color=c, capsize=3, ms=6, label=name)
     axis.set_xticks(range(len(groups)), list(groups))
     axis.set_xlim(-0.6, len(groups) - 0.4)
     axis.set(ylabel=label, title=title)
     axis.grid(False, axis="x")
+
+
+def slant(axis):
+    """Long names below a figure, turned so that they do not touch."""
+    axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), rotation=35, ha="right", fontsize=8)
 
 
 def band(axis, x, runs, name, n=0, stroke=None):
@@ -168,19 +173,3 @@ def curve_of(axis, x, runs, name):
     axis.plot(x, y.mean(0)[:n], color=colour(name), ls=STROKES.get(name, "-"), label=name, lw=1.5)
     if len(y) > 1:
         axis.fill_between(x, y.mean(0) - y.std(0, ddof=1), y.mean(0) + y.std(0, ddof=1), color=colour(name), alpha=0.12, lw=0)
-
-
-def bars(axis, groups, label):
-    """A bar for each mean, with the standard deviation over seeds; groups: {text below: (method, numbers)}. The axis need not start at 0."""
-    for x, (name, numbers) in enumerate(groups.values()):
-        if numbers:
-            axis.bar(x, np.mean(numbers), yerr=np.std(numbers, ddof=1) if len(numbers) > 1 else None, color=colour(name), alpha=0.85, width=0.7, capsize=3,
-                     error_kw={"ecolor": "#777777"})
-            axis.plot([x] * len(numbers), numbers, "o", color="white", mec="black", ms=3, mew=0.6)
-    every = [v for _, numbers in groups.values() for v in numbers]
-    if every:
-        room = (max(every) - min(every)) or 1
-        axis.set_ylim(max(0, min(every) - 0.6 * room), max(every) + 0.3 * room)
-    axis.set_xticks(range(len(groups)), list(groups), fontsize=7)
-    axis.set(ylabel=label)
-    axis.grid(False, axis="x")
