@@ -4,14 +4,16 @@ Two ideas, and their crossings. A BASE corrects the drift of clients whose data 
 and what the server does. A DIRECTION says where to climb before the gradient is read (sam.py). They touch different questions
 of fl.py, so a crossing is a class with two parents and nothing in it: Python asks the left one first, then the right one.
 
-    base \\ direction           none              own gradient         the model last seen
-    FedAvg                     FedAvg            FedSAM, FedASAM,     FedLESAM               (fl.py, but for FedASAM, GCSAM)
+    base \\ direction           none              own gradient         model last seen      mixed with synthetic (ours)
+    FedAvg                     FedAvg            FedSAM, FedASAM,     FedLESAM             FedSynSAM
                                                  GCSAM
     + Adam at the client       LocalAdam (and with DynaFed's server: DynaFedAdam)
     + a spring                 FedProx
     + state at the server      FedCM, FedAdam    MoFedSAM (FedCM's)
-    + state on both sides      SCAFFOLD          FedGAMMA             FedLESAM-S
-    + a spring and state       FedDyn            FedSpeed, FedSMOO    FedLESAM-D
+    + state on both sides      SCAFFOLD          FedGAMMA             FedLESAM-S           FedSynSAM-S
+    + a spring and state       FedDyn            FedSpeed, FedSMOO    FedLESAM-D           FedSynSAM-D
+
+FedAvg, FedSAM, FedLESAM stand in fl.py, FedSynSAM and DynaFed in fedsynsam.py.
 
 `python run.py --list` prints what each costs: gradients, bytes both ways, state.
 
@@ -278,6 +280,22 @@ class FedLESAMD(fl.FedLESAM, FedDyn):
     memory = 2
 
 
+class FedSynSAMS(fedsynsam.FedSynSAM, SCAFFOLD):
+    """FedSynSAM on SCAFFOLD: G = g_i(w + eps) + variate (c - c_i), with eps along FedSynSAM's mixture.
+
+    w [d]; 3 gradients a step; 2 d floats up, 2 d down, and D_syn once to each client; client c_i [d], server c [d].
+    Source: ours, the crossing that FedGAMMA is of FedSAM.
+    """
+
+
+class FedSynSAMD(fedsynsam.FedSynSAM, FedDyn):
+    """FedSynSAM on FedDyn: G = g_i(w + eps) + lambda (w - w^t + h_i), with eps along FedSynSAM's mixture.
+
+    w [d]; 3 gradients a step; d floats up and down, and D_syn once to each client; client h_i [d], server h [d].
+    Source: ours, the crossing that FedSpeed is of FedSAM.
+    """
+
+
 class DynaFedAdam(fedsynsam.DynaFed, LocalAdam):
     """DynaFed on LocalAdam: the server of DynaFed, and clients as in its released code.
 
@@ -314,4 +332,5 @@ class GCSAM(fl.FedSAM):
 
 METHODS = {**fl.METHODS, **fedsynsam.METHODS, **align.METHODS, **ceiling.METHODS, "fedprox": FedProx, "scaffold": SCAFFOLD, "feddyn": FedDyn, "fedcm": FedCM, "fedadam": FedAdam,
            "mofedsam": MoFedSAM, "fedgamma": FedGAMMA, "fedspeed": FedSpeed, "fedsmoo": FedSMOO, "fedlesam-s": FedLESAMS,
-           "fedlesam-d": FedLESAMD, "fedasam": FedASAM, "gcsam": GCSAM, "fedavg-adam": LocalAdam, "dynafed-adam": DynaFedAdam}
+           "fedlesam-d": FedLESAMD, "fedsynsam-s": FedSynSAMS, "fedsynsam-d": FedSynSAMD, "fedasam": FedASAM, "gcsam": GCSAM,
+           "fedavg-adam": LocalAdam, "dynafed-adam": DynaFedAdam}

@@ -112,6 +112,7 @@ class FedSynSAM(Distilling):
         self.synthetic = synth.Synthetic(*tensors, self.synthetic.step if self.synthetic else None)     # the server keeps the step size
 
     def receive(self, w, extra):
+        super().receive(w, extra)
         self.uphill = self.g_syn(w) if self.synthetic and self.cfg.syn_gradient == "round" else None
 
     def g_syn(self, w):

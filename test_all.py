@@ -1876,6 +1876,8 @@ def test_baselines_equal_slow_loops_on_a_network_with_unequal_clients(algo, bund
     ("mofedsam", {"rho": 0.0}, "fedcm"), ("mofedsam", {"momentum_alpha": 1.0}, "fedsam"), ("fedgamma", {"rho": 0.0}, "scaffold"),
     ("fedgamma", {"variate": 0.0}, "fedsam"), ("fedspeed", {"rho": 0.0}, "feddyn"), ("fedsmoo", {"rho": 0.0}, "feddyn"),
     ("fedlesam-s", {"rho": 0.0}, "scaffold"), ("fedlesam-s", {"variate": 0.0}, "fedlesam"), ("fedlesam-d", {"rho": 0.0}, "feddyn"),
+    ("fedsynsam-s", {"rho": 0.0}, "scaffold"), ("fedsynsam-s", {"variate": 0.0}, "fedsynsam"), ("fedsynsam-s", {"mix": 0.0}, "fedgamma"),
+    ("fedsynsam-d", {"rho": 0.0}, "feddyn"), ("fedsynsam-d", {"mix": 0.0}, "fedspeed"),
     ("fedasam", {"rho": 0.0}, "fedavg"), ("gcsam", {"rho": 0.0, "gc_code": True}, "fedavg"), ("dynafed-adam", {"finetune_epochs": 0}, "fedavg-adam")])
 def test_baselines_with_their_own_term_off_are_their_parents_bit_for_bit(algo, off, parent, bundled):
     for kw in ({}, {"compressor": QSGD(7, "max", 64)}, {"compressor": TopK(50), "error_feedback": True}):
@@ -2115,12 +2117,14 @@ def test_baselines_local_adam_corrects_its_bias_in_float32_too():
     assert torch.equal(w, torch.zeros(6)) and torch.equal(me.memory, torch.zeros(3, 6))                # padding
 
 
-@pytest.mark.parametrize("algo", [a for a in baselines.METHODS if a != "fedsynsam"])
+@pytest.mark.parametrize("algo", list(baselines.METHODS))
 def test_baselines_clients_read_only_what_came_through_the_wire(algo, bundled):
-    """A client in another process: a fresh method that has seen `receive` and its own memory, and nothing else."""
+    """A client in another process: a fresh method that has seen parcel, `receive` and its own memory, and nothing else."""
     fed = vision(algo, bundled, begin=3, **UNEVEN)
     elsewhere, clients = baselines.METHODS[algo](fed.task, fed.cfg), fed.clients(3)
     (w, *extra), _ = fed.through_wire(fed.method.broadcast(fed.w))
+    if fed.method.parcel():
+        elsewhere.unpack(fed.through_wire(fed.method.parcel())[0])
     said, ends = asked(fed, clients)[0] if algo in ALIGNED else [None] * 3, []
     for method in (fed.method, elsewhere):
         method.receive(w, extra)
@@ -2160,7 +2164,7 @@ def test_baselines_docstring_and_list_tell_the_true_cost(algo, bundled):
     assert (fed.up - up, fed.down - down) == tuple(m * int(b.replace(",", "")) for b in (bytes_up, bytes_down))
     vectors_down = (fed.down - down) // m // (4 * d)
     count = lambda text: int((re.match(r"(\d+)?", text).group() or (0 if text == "-" else 1)))                   # noqa: E731
-    assert count(ups) == kind.uplinks + kind.surveys and count(downs) == vectors_down and ("parcel" in downs) == (algo == "fedsynsam")
+    assert count(ups) == kind.uplinks + kind.surveys and count(downs) == vectors_down and ("parcel" in downs) == issubclass(kind, fedsynsam.FedSynSAM)
     rows = fed.memory.table.shape[1]
     assert count(client) == rows and (rows == 0 or len(fed.memory.slot) >= m)
     fresh = kind(fed.task, fed.cfg)

@@ -51,6 +51,8 @@ GRID = {                                                          # method: {fie
     "fedsmoo": {"lr": RATES, "prox": (0.01, 0.1, 1.0)},
     "fedlesam-s": {"lr": RATES, "variate": (0.1, 0.5, 1.0)},
     "fedlesam-d": {"lr": RATES, "prox": (0.01, 0.1, 1.0)},
+    "fedsynsam-s": {"lr": RATES, "variate": (0.1, 0.5, 1.0)},
+    "fedsynsam-d": {"lr": RATES, "prox": (0.01, 0.1, 1.0)},
     "fedasam": {"lr": RATES, "rho": (0.3, 0.7, 1.4)},
     "gcsam": {"lr": RATES, "rho": RADII},
     "fedavg-adam": {"local_adam_lr": (3e-4, 1e-3, 3e-3), "server_lr": (0.7, 1.0, 1.4)},
