@@ -121,10 +121,8 @@ class FedSynSAM(Distilling):
 
     def direction(self, w, rows, me):
         c = self.cfg
-        if self.synthetic is None and c.warmup_method == "fedavg":
-            return None
-        if self.synthetic is None or c.mix == 0:
-            return self.grad(w, rows)
+        if self.synthetic is None or c.mix == 0:                 # before round T_w: FedSAM, or FedAvg
+            return None if self.synthetic is None and c.warmup_method == "fedavg" else self.grad(w, rows)
         uphill = self.g_syn(w) if c.syn_gradient == "step" else self.uphill
         return uphill if c.mix == 1 else sam.mix_directions(self.grad(w, rows), uphill, c.mix, c.mix_units)
 
