@@ -4,7 +4,7 @@ Two ideas, and their crossings. A BASE corrects the drift of clients whose data 
 and what the server does. A DIRECTION says where to climb before the gradient is read (sam.py). They touch different questions
 of fl.py, so a crossing is a class with two parents and nothing in it: Python asks the left one first, then the right one.
 
-    base \\ direction           none              own gradient         model last seen      mixed with synthetic (ours)
+    base \\ direction           none              own gradient         model last seen      mixed with synthetic
     FedAvg                     FedAvg            FedSAM, FedASAM,     FedLESAM             FedSynSAM
                                                  GCSAM
     + Adam at the client       LocalAdam (and with DynaFed's server: DynaFedAdam)
@@ -13,7 +13,7 @@ of fl.py, so a crossing is a class with two parents and nothing in it: Python as
     + state on both sides      SCAFFOLD          FedGAMMA             FedLESAM-S           FedSynSAM-S
     + a spring and state       FedDyn            FedSpeed, FedSMOO    FedLESAM-D           FedSynSAM-D
 
-FedAvg, FedSAM, FedLESAM stand in fl.py, FedSynSAM and DynaFed in fedsynsam.py.
+FedAvg, FedSAM, FedLESAM stand in fl.py, FedSynSAM and DynaFed in fedsynsam.py. FedSynSAM-S and FedSynSAM-D are ours.
 
 `python run.py --list` prints what each costs: gradients, bytes both ways, state.
 

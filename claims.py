@@ -209,7 +209,8 @@ class Accuracy(study.Claim):
     """Test accuracy of FedSynSAM and its rivals at 2 bits, each with its own tuned settings if it was tuned for this size (tune.py).
 
     Run `--tune` for every method first; the labels say what was used. FedSynSAM of raw gradients has the settings of FedSynSAM.
-    cpu: 3 seeds x 8 runs (FedAvg 30 s, FedSynSAM 100 s), 28 minutes, and about 40 for the tuning before it.
+    cpu: 3 seeds x 8 runs, 63 minutes of one core (FedAvg 1.3, FedSynSAM 3.6 a run) as measured, so 31 on two, a third less if `oracle` ran
+    before; and nearly an hour on two for the tuning before it.
     Source: FedSynSAM, abstract.
     """
     name, source = "accuracy", "FedSynSAM, arXiv 2602.11584"

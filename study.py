@@ -134,21 +134,23 @@ def one(folder, cfg, world, label, claim):
 
     A run that diverges gives a row that says so.
     """
+    name = f"{world} {label} seed {cfg.seed}".strip()
+
     def work():
         done = folder / f"{claim.name}.json"
         row = json.loads(done.read_text()) if done.exists() else {}
         if row.get("hash") == cfg.hash():
-            return row | {"world": world, "cell": label}              # a cell may have been renamed
+            return row | {"world": world, "cell": label}              # two cells may be one run, or one was renamed
         row = {"world": world, "cell": label, "seed": cfg.seed, "hash": cfg.hash(), "fields": differing(cfg)}
         try:
-            result, fed = trained(folder, cfg, f"{world} {label} seed {cfg.seed}".strip())
+            result, fed = trained(folder, cfg, name)
             row |= result | claim.measure(fed, experiment.measured_rows(fed))
             row["log"] = [{k: v for k, v in x.items() if k not in ("lr", "move")} for x in experiment.read_log(folder) if "test_acc" in x]
         except (loop.Diverged, FloatingPointError) as error:
             row["diverged"] = str(error)
         row["machine"] = json.loads((folder / "config.json").read_text())["machine"]
         experiment.write(done, json.dumps(row) + "\n")
-        print(f"{claim.name}: {world} {label}, seed {cfg.seed}, {folder}: ".replace(":  ", ": ") + (row.get("diverged") or f"{row['seconds']:.0f} s"), file=sys.stderr, flush=True)
+        print(f"{claim.name}: {name}, {folder}: " + (row.get("diverged") or f"{row['seconds']:.0f} s"), file=sys.stderr, flush=True)
         return row
     return alone_in(folder, work)
 
@@ -175,7 +177,7 @@ def shared(jobs, wait=2.0):
 
 
 def conduct(claim, root, **machine):
-    """Run what is not done yet of an experiment, in root/SIZE/METHOD-HASH -> {world: {label: rows over seeds}}.
+    """Run what is not done yet of an experiment, in root/SIZE/METHOD-sSEED-HASH -> {world: {label: rows over seeds}}.
 
     The folder's name depends on the settings only: runs that several experiments ask for are done once.
     """

@@ -9,7 +9,8 @@ import numpy as np
 COLOURS = {"fedavg": "#000000", "fedsam": "#E69F00", "fedlesam": "#56B4E9", "fedlesam-server": "#0072B2", "dynafed": "#CC79A7",
            "fedsynsam": "#D55E00", "fedprox": "#555555", "scaffold": "#009E73", "feddyn": "#661100", "fedcm": "#DDCC77", "fedadam": "#332288",
            "mofedsam": "#DDCC77", "fedgamma": "#009E73", "fedspeed": "#661100", "fedsmoo": "#661100", "fedlesam-s": "#009E73",
-           "fedlesam-d": "#661100", "fedsynsam-s": "#009E73", "fedsynsam-d": "#661100", "fedasam": "#E69F00", "gcsam": "#E69F00", "fedavg-adam": "#000000", "dynafed-adam": "#CC79A7",
+           "fedlesam-d": "#661100", "fedsynsam-s": "#009E73", "fedsynsam-d": "#661100", "fedasam": "#E69F00", "gcsam": "#E69F00",
+           "fedavg-adam": "#000000", "dynafed-adam": "#CC79A7",
            "gradalign": "#999933", "fedga": "#882255", "fedga-previous": "#882255", "fedsynth": "#AA4499", "oracle": "#44AA99"}
 STROKES = {"mofedsam": "--", "fedgamma": "--", "fedspeed": "--", "fedsmoo": "-.", "fedlesam-s": ":", "fedlesam-d": ":", "fedasam": "-.",
            "fedsynsam-s": (0, (8, 2, 2, 2)), "fedsynsam-d": (0, (8, 2, 2, 2)),
