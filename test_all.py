@@ -2297,7 +2297,7 @@ def same_end(a, b):
 
 
 def test_ranks_a_run_of_two_processes_is_the_run_of_one_and_survives_a_kill(tmp_path, capsys):
-    words = [*SMALL, "--rounds", "80", "--compress", "topk", "--error-feedback", "--local-steps", "10", "--checkpoint-every", "2", "--out", tmp_path]
+    words = [*SMALL, "--rounds", "40", "--compress", "topk", "--error-feedback", "--local-steps", "10", "--checkpoint-every", "2", "--out", tmp_path]
     assert main(capsys, *words, "--name", "one")[0] == 0
     go = lambda *w: subprocess.Popen([sys.executable, "run.py", *map(str, w)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)   # noqa: E731
     two = go(*words, "--name", "two", "--procs", "2")
@@ -2659,7 +2659,7 @@ def test_run_divergence_is_code_1_and_keeps_the_log(tmp_path, capsys):
 
 
 def test_run_killed_at_any_moment_resumes_to_identical_bits(tmp_path, capsys):
-    words = [*SMALL, "--rounds", "60", "--compress", "topk", "--error-feedback", "--outer-steps", "300", "--checkpoint-every", "2", "--seed", "5",
+    words = [*SMALL, "--rounds", "30", "--compress", "topk", "--error-feedback", "--outer-steps", "300", "--checkpoint-every", "2", "--seed", "5",
              "--threads", "2", "--out", tmp_path]
     assert main(capsys, *words, "--name", "whole")[0] == 0
     cut = tmp_path / "cut"
@@ -2944,6 +2944,16 @@ def test_claims_disagreement_is_half_the_variance_of_full_gradients(bundled):
     fed = vision("fedavg", bundled, begin=1)
     g = torch.stack([sharpness.full_gradient(fed.task.apply, fed.w, fed.task.train, part) for part in fed.task.parts])
     assert claims.relatives.disagreement(fed) == pytest.approx(float(align.gradient_variance(g, torch.full((6,), 1 / 6, dtype=f64))), rel=1e-9)
+
+
+def test_claims_timing_a_local_step_changes_nothing(bundled):
+    fed = vision("feddyn", bundled, begin=1)
+    before = (fed.w.clone(), fed.t, fed.up, fed.down, fed.recall(fed.clients(fed.t), fed.w))
+    once = []
+    fed.step = lambda *a: once.append(1) or loop.local_step(*a)
+    steps = sum(map(len, fed.plans(fed.clients(fed.t), fed.t)))
+    assert claims.relatives.seconds_of_a_step(fed, times=2) > 0 and len(once) == 2 * steps
+    assert torch.equal(before[0], fed.w) and before[1:4] == (fed.t, fed.up, fed.down) and torch.equal(before[4], fed.recall(fed.clients(fed.t), fed.w))
 
 
 def test_claims_an_experiment_from_its_command_to_its_files(tmp_path, capsys):
