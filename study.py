@@ -303,22 +303,30 @@ def bold(verdict):
     return f"**{word}{colon}**{rest}"
 
 
+def between(text, name, words):
+    """`text` with `words` between <!-- name --> and <!-- /name -->, wherever that stands."""
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + words + "\n" + m[2], text, flags=re.S)
+
+
 def report(readme, folder):
     """Rewrite `readme` between <!-- NAME --> and <!-- /NAME --> from folder/NAME.json, its largest size -> the names.
 
-    UserError if a mark has no results or no end; then nothing is written.
+    Between <!-- verdicts --> and its end comes a table of them all. UserError if a mark has no results or no end; then nothing is written.
     """
     text = readme.read_text()
-    names, where = re.findall(r"<!-- (\w+) -->", text), os.path.relpath(folder, readme.parent)
-    for name in names:
+    marks, where, rows = re.findall(r"<!-- (\w+) -->", text), os.path.relpath(folder, readme.parent), ["| | the claim | at this size |", "| --- | --- | --- |"]
+    names = [name for name in marks if name != "verdicts"]
+    for name in marks:
         path = folder / f"{name}.json"
-        if not path.exists() or f"<!-- /{name} -->" not in text:
+        if name in names and not path.exists() or f"<!-- /{name} -->" not in text:
             raise experiment.UserError(f"{readme.name} has a place <!-- {name} -->, but " + (
-                f"no end of it, <!-- /{name} -->" if path.exists() else f"there is no {path}; run python run.py --experiment {name}"))
-        stored = json.loads(path.read_text())
+                f"no end of it, <!-- /{name} -->" if name not in names or path.exists() else f"there is no {path}; run python run.py --experiment {name}"))
+    for name in names:
+        stored = json.loads((folder / f"{name}.json").read_text())
         part = stored[max(stored, key=SIZES.index)]
-        words = f"{part['claim']} ({part['source']}). Refuted if {part['refuted_by']}. `{part['command']}`\n\n" + "\n\n".join(
-            f"{world}\n\n{x['table']}\n\n{bold(x['verdict'])}\n\n![{name}]({where}/{figure_of(name, world)})".strip() for world, x in part["worlds"].items())
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + words + "\n" + m[2], text, flags=re.S)
-    experiment.write(readme, text)
+        text = between(text, name, f"{part['claim']} ({part['source']}). Refuted if {part['refuted_by']}. `{part['command']}`\n\n" + "\n\n".join(
+            f"{world}\n\n{x['table']}\n\n{bold(x['verdict'])}\n\n![{name}]({where}/{figure_of(name, world)})".strip() for world, x in part["worlds"].items()))
+        rows.append(f"| [`{name}`](#{name}) | {part['claim']} ({part['source']}) | " + "; ".join(
+            f"{world} **{x['verdict'].partition(':')[0]}**".strip() for world, x in part["worlds"].items()) + " |")
+    experiment.write(readme, between(text, "verdicts", "\n".join(rows)))
     return names

@@ -2851,10 +2851,14 @@ def test_study_report_rewrites_what_lies_between_its_marks_and_nothing_else(tmp_
     readme.write_text(once + "<!-- sharpness -->\n<!-- /sharpness -->\n")
     with pytest.raises(experiment.UserError, match="--experiment sharpness"):
         study.report(readme, tmp_path / "results")
-    readme.write_text("<!-- tiny -->\n")
-    with pytest.raises(experiment.UserError, match="no end of it"):
-        study.report(readme, tmp_path / "results")
-    assert readme.read_text() == "<!-- tiny -->\n"
+    for cut_off in ("<!-- tiny -->\n", "<!-- verdicts -->\n"):
+        readme.write_text(cut_off)
+        with pytest.raises(experiment.UserError, match="no end of it"):
+            study.report(readme, tmp_path / "results")
+        assert readme.read_text() == cut_off
+    readme.write_text("<!-- verdicts -->\nold\n<!-- /verdicts -->\n" + text)
+    assert study.report(readme, tmp_path / "results") == ["tiny"]
+    assert "| [`tiny`](#tiny) | Tiny things are small (nobody) | **Not decided** |\n<!-- /verdicts -->" in readme.read_text()
     large = Tiny("cpu", tmp_path / "results")
     large.says = "The largest size is shown"
     study.keep(large, worlds, "a command")
