@@ -3169,6 +3169,23 @@ def test_readme_table_of_bits_against_error_is_what_its_command_prints():
         assert numbers[0][3:] == pytest.approx(numbers[1][3:], rel=0.5, abs=0.05), name        # another machine trains another update
 
 
+def test_readme_claims_are_what_the_stored_rows_say(tmp_path):
+    """Tables and verdicts follow from the numbers in results/ by today's rules, and the README shows them."""
+    text = (HERE / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "results").symlink_to(HERE / "results")
+    names = study.report(tmp_path / "README.md", tmp_path / "results")
+    assert (tmp_path / "README.md").read_text() == text and "oracle" in names
+    for name in names:
+        for size, part in json.loads((HERE / "results" / f"{name}.json").read_text()).items():
+            claim, worlds = claims.CLAIMS[name](size), {}
+            for row in part["rows"]:
+                worlds.setdefault(row["world"], {}).setdefault(row["cell"], []).append(row)
+            for world, cells in worlds.items():
+                claim.derive(cells)
+                assert part["worlds"][world] == {"table": study.table(claim, cells), "verdict": claim.verdict(cells)}, name
+
+
 def test_readme_round_in_plain_pytorch_is_the_loops_round(monkeypatch):
     """The README shows one whole round without this project; fl.py must give the same weights."""
     monkeypatch.chdir(HERE)
