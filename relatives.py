@@ -5,7 +5,7 @@
     man         the activation norm lowers the top eigenvalue and raises accuracy, with any method    (MAN)
     oracle      how much is there to gain from the true global direction?                             (ours)
 
-How an experiment works stands in study.py, what all of them share in the card of claims.py. "cpu: ... minutes" is an estimate for two free cores.
+How an experiment works stands in study.py, what all of them share in the card of claims.py.
 
 Sources: each class names its own. Read next: claims.py.
 """
