@@ -191,7 +191,7 @@ def investigate(args):
     if size not in study.SIZES:
         raise experiment.UserError(f"unknown size {size!r}; {config.closest(size, study.SIZES)}")
     if args.report:
-        names = study.report(experiment.HERE / "README.md", args.results)
+        names = study.report(experiment.HERE / "README.md", args.results, tuned=tune.table(args.results / "tuned.json"))
         return f"README.md: {', '.join(names) or 'no marks <!-- NAME -->'}, from {args.results}"
     if args.tune is not None:
         known(args.tune)

@@ -308,14 +308,15 @@ def between(text, name, words):
     return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + words + "\n" + m[2], text, flags=re.S)
 
 
-def report(readme, folder):
+def report(readme, folder, **tables):
     """Rewrite `readme` between <!-- NAME --> and <!-- /NAME --> from folder/NAME.json, its largest size -> the names.
 
-    Between <!-- verdicts --> and its end comes a table of them all. UserError if a mark has no results or no end; then nothing is written.
+    Between <!-- verdicts --> and its end comes a table of them all; tables: {mark: text} of other marks. UserError if a mark has no
+    results or no end; then nothing is written.
     """
     text = readme.read_text()
     marks, where, rows = re.findall(r"<!-- (\w+) -->", text), os.path.relpath(folder, readme.parent), ["| | the claim | at this size |", "| --- | --- | --- |"]
-    names = [name for name in marks if name != "verdicts"]
+    names = [name for name in marks if name not in ("verdicts", *tables)]
     for name in marks:
         path = folder / f"{name}.json"
         if name in names and not path.exists() or f"<!-- /{name} -->" not in text:
@@ -328,5 +329,7 @@ def report(readme, folder):
             f"{world}\n\n{x['table']}\n\n{bold(x['verdict'])}\n\n![{name}]({where}/{figure_of(name, world)})".strip() for world, x in part["worlds"].items()))
         rows.append(f"| [`{name}`](#{name}) | {part['claim']} ({part['source']}) | " + "; ".join(
             f"{world} **{x['verdict'].partition(':')[0]}**".strip() for world, x in part["worlds"].items()) + " |")
-    experiment.write(readme, between(text, "verdicts", "\n".join(rows)))
+    for mark, words in {"verdicts": "\n".join(rows), **tables}.items():
+        text = between(text, mark, words)
+    experiment.write(readme, text)
     return names

@@ -3174,8 +3174,8 @@ def test_readme_claims_are_what_the_stored_rows_say(tmp_path):
     text = (HERE / "README.md").read_text()
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "results").symlink_to(HERE / "results")
-    names = study.report(tmp_path / "README.md", tmp_path / "results")
-    assert (tmp_path / "README.md").read_text() == text and "oracle" in names
+    names = study.report(tmp_path / "README.md", tmp_path / "results", tuned=tune.table(tmp_path / "results" / "tuned.json"))
+    assert (tmp_path / "README.md").read_text() == text and "oracle" in names and "python run.py --tune fedsynsam --size cpu" in text
     for name in names:
         for size, part in json.loads((HERE / "results" / f"{name}.json").read_text()).items():
             claim, worlds = claims.CLAIMS[name](size), {}
