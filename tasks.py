@@ -36,14 +36,18 @@ class Task:
 
         With `man` = zeta above 0, MAN's term is added: zeta/2 times the mean activity of the hidden layers (models.py), in every gradient
         that a client takes of its own images, SAM's ascent included. What is measured (loss, sharpness) and the loss on synthetic
-        images stay plain cross-entropy: the trajectory that D_syn is learnt from holds the term already (ours).
+        images stay plain cross-entropy: the trajectory that D_syn is learnt from holds the term already (ours). With `bf16` the network
+        and its gradient are computed in bfloat16, from weights kept in float32: a step too small for bfloat16's 8 bits is not lost (ours).
         Source: definition; Yashwanth et al. 2024 (MAN, arXiv 2512.08314).
         """
         x, y, weight = self.train.batch(rows, self.cfg.augment)
-        if not self.cfg.man:
-            return (F.cross_entropy(self.apply(w, x), y, reduction="none") * weight).sum()
-        scores, activity = self.watched(w, x)
-        return ((F.cross_entropy(scores, y, reduction="none") + self.cfg.man / 2 * activity) * weight).sum()
+        if self.cfg.bf16:
+            w, x = w.bfloat16(), x.bfloat16()
+        scores, activity = self.watched(w, x) if self.cfg.man else (self.apply(w, x), None)
+        each = F.cross_entropy(scores.to(weight.dtype), y, reduction="none")
+        if activity is not None:
+            each = each + self.cfg.man / 2 * activity
+        return (each * weight).sum()
 
     def plan(self, client, g):
         """All batches of one client's round: -> rows [K, B, 4].  Source: data.draw_batches."""

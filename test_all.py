@@ -1334,6 +1334,25 @@ def test_fl_vmap_trains_the_large_networks_too(model, bundled):
     assert torch.allclose(a.w, b.w, rtol=1e-3, atol=1e-5) and not torch.equal(a.w, a.task.w0)
 
 
+@pytest.mark.parametrize("model", models.MODELS[:-1])
+def test_fl_bfloat16_is_for_the_gradients_and_keeps_what_is_smaller_than_its_steps(model, bundled):
+    kw = {"model": model, "man": 0.1, "clients": 2, "participation": 2, "local_steps": 2, "batch": 4, "lr": 1e-4}
+    plain, half, at_once = (vision("fedavg", bundled, torch.float32, begin=1, bf16=b, chunk=c, **kw) for b, c in ((False, 1), (True, 1), (True, 2)))
+    moves = [fed.w - fed.task.w0 for fed in (plain, half, at_once)]
+    assert half.w.dtype == torch.float32 and (moves[0] - moves[1]).norm() < 0.1 * moves[0].norm() and (moves[1] - moves[2]).norm() < 0.1 * moves[0].norm()
+    assert 1e-4 < (moves[0] - moves[1]).norm() / moves[0].norm()                     # it really was rounded
+    at_rest = half.task.w0.bfloat16()
+    assert (at_rest + moves[1].bfloat16() == at_rest).float().mean() > 0.5           # in bfloat16 most of the weights would not have moved
+    assert tasks.evaluate(half.task.apply, half.w, half.task.train)[0] == pytest.approx(tasks.evaluate(plain.task.apply, plain.w, plain.task.train)[0], rel=1e-3)
+
+
+def test_fl_bfloat16_is_for_resnet18_too(bundled):
+    plain, half = (vision("fedavg", bundled, torch.float32, model="resnet18", bf16=b, batch=1) for b in (False, True))
+    rows = plain.plans([0], 0)[0][0]
+    g, rounded = plain.method.grad(plain.w, rows), half.method.grad(half.w, rows)
+    assert rounded.dtype == torch.float32 and 1e-4 < (g - rounded).norm() / g.norm() < 0.2
+
+
 def test_fl_clients_with_fewer_steps_wait(bundled):
     fed = vision("fedavg", bundled, local_epochs=1, partition="dirichlet-class", min_size=2, participation=6, weight_decay=0.1)
     plans = fed.plans(range(6), 0)
