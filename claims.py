@@ -258,7 +258,7 @@ class Accuracy(study.Claim):
 class Hyper(study.Claim):
     """FedSynSAM with one knob at a time changed from its default: rho, mix, warm-up, images per class, re-synthesis.
 
-    mix = 0 is FedSAM. cpu: 3 seeds x 12 runs of 30 rounds, 48 s each: 29 minutes.
+    mix = 0 is FedSAM. cpu: 3 seeds x 12 runs of 30 rounds, 80 minutes of one core as measured on a busy machine, 40 on two.
     Source: FedSynSAM; the knobs and their ranges are ours, as are the defaults.
     """
     name, source = "hyper", "FedSynSAM, arXiv 2602.11584; the knobs are ours"
