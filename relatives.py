@@ -100,7 +100,7 @@ class GradAlign(study.Claim):
     """Disagreement r of ALL clients' full gradients at the final model, and accuracy, against beta and batch size.
 
     r is measured alike for every method, on uncompressed gradients; the uplink is not compressed (the papers'). Batch 100 makes 8 local
-    steps where batch 20 makes 20. cpu: 3 seeds x 12 runs x 45 s, 27 minutes. Which beta is compared is chosen on validation images.
+    steps where batch 20 makes 20. cpu: 3 seeds x 12 runs, 60 minutes of one core as measured, 30 on two. Which beta is compared is chosen on validation images.
     Source: Dandi, Barba and Jaggi 2022.
     """
     name, source = "gradalign", "GradAlign and FedGA, Dandi et al. 2022"
