@@ -25,7 +25,7 @@ class FedSynth(study.Claim):
     """Accuracy against the bytes of a client's message: FedSynth with both objectives, random masking at EQUAL bytes, top-k, QSGD.
 
     A small mlp: a client's learning costs gradients through gradients, and on the cnn nothing was learnt in the rounds that could be
-    paid for. cpu: 3 seeds x (4 runs of FedSynth, 90 s each, + 6 of 10 s), 25 minutes.
+    paid for. cpu: 3 seeds x (4 runs of FedSynth, 20 to 55 s each, + 7 of 5 s), 10 minutes of one core as measured.
     Source: Hu et al. 2022 (FedSynth), abstract.
     """
     name, source = "fedsynth", "FedSynth, Hu et al. 2022"
@@ -160,7 +160,7 @@ class Man(study.Claim):
     """Top eigenvalue, trace, accuracy and the time of a local step with and without MAN, for four bases.
 
     The Hessian is that of plain cross-entropy, without MAN's term. Time is CPU time, which other programs on the machine hardly change.
-    cpu: 3 seeds x 8 runs, 63 minutes of one core as measured, half of which is done if `oracle` ran before.
+    cpu: 3 seeds x 8 runs, 63 minutes of one core as measured, half of which is done if `oracle` ran before it.
     Source: Yashwanth et al. 2024 (MAN, arXiv 2512.08314).
     """
     name, source = "man", "MAN, arXiv 2512.08314"
