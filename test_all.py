@@ -2316,7 +2316,7 @@ def same_end(a, b):
 
 
 def test_ranks_a_run_of_two_processes_is_the_run_of_one_and_survives_a_kill(tmp_path, capsys):
-    words = [*SMALL, "--rounds", "40", "--compress", "topk", "--error-feedback", "--local-steps", "10", "--checkpoint-every", "2", "--out", tmp_path]
+    words = [*SMALL, "--rounds", "60", "--compress", "topk", "--error-feedback", "--local-steps", "10", "--checkpoint-every", "2", "--out", tmp_path]
     assert main(capsys, *words, "--name", "one")[0] == 0
     go = lambda *w: subprocess.Popen([sys.executable, "run.py", *map(str, w)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)   # noqa: E731
     two = go(*words, "--name", "two", "--procs", "2")
@@ -2678,7 +2678,7 @@ def test_run_divergence_is_code_1_and_keeps_the_log(tmp_path, capsys):
 
 
 def test_run_killed_at_any_moment_resumes_to_identical_bits(tmp_path, capsys):
-    words = [*SMALL, "--rounds", "30", "--compress", "topk", "--error-feedback", "--outer-steps", "300", "--checkpoint-every", "2", "--seed", "5",
+    words = [*SMALL, "--rounds", "60", "--compress", "topk", "--error-feedback", "--outer-steps", "300", "--checkpoint-every", "2", "--seed", "5",
              "--threads", "2", "--out", tmp_path]
     assert main(capsys, *words, "--name", "whole")[0] == 0
     cut = tmp_path / "cut"
@@ -2906,7 +2906,7 @@ def invented(claim, effect):
         line = lambda t: {"round": t, "train_loss": 2 - 0.03 * t + 0.01 * level, "test_acc": 0.5 + 0.001 * t, "up": 1000 * t, "alignment": cosines,         # noqa: E731
                           "eigenvalue": 20 - 0.2 * t + level + sharper}
         r = {"world": world, "cell": label, "seed": cfg.seed, "fields": study.differing(cfg), "test_acc": 0.8 + 0.01 * level + treated, "val_acc": 0.8, "test_loss": 0.5,
-             "train_loss": 0.4, "eigenvalue": 6 + level - 20 * treated, "trace": 70 + level, "sam": 0.1, "r": 5 + level - 20 * treated, "seconds": 9, "down": 1,
+             "train_loss": 0.4, "eigenvalue": 6 + level - 20 * treated, "trace": 70 + level, "sam": 0.1, "r": 5 + level - 20 * treated, "seconds": 9, "step_ms": 5.0, "down": 1,
              "up": 1000 * cfg.participation * cfg.rounds, "log": [line(t) for t in (10, 20, 30, 40)], "steps": [0, 5], "along": [cosines, cosines],
              "slice_at": [-1, 0, 1], "slice": [2, 1, 2], "plane_at": [-1, 0, 1], "plane": [[3, 2, 3], [2, 1, 2], [3, 2, 3]]}
         worlds.setdefault(world, {}).setdefault(label, []).append(r)
