@@ -11,7 +11,7 @@
 What is compared shares seeds, rounds and the rule how settings were chosen (tune.py, or the defaults for all); differences are paired and
 the verdict is computed from them (study.py). A verdict is about these images, networks and rounds, and no more than that.
 
-"cpu: ... minutes" were measured on two cores of an AMD EPYC. Sources: each class names its own. Read next: show.py.
+"cpu: ... minutes" are what two processes took on two cores of an AMD EPYC, beside a little other work. Sources: each class names its own. Read next: show.py.
 """
 import math
 import statistics
@@ -39,7 +39,7 @@ class Sharpness(study.Claim):
     """Top eigenvalue, trace and SAM sharpness of FedAvg's model against compression and skew, at equal rounds and at equal training loss.
 
     Equal loss: the lower of two runs is read where it first came as low as the other one ever did, interpolated between the
-    rounds in which the eigenvalue was measured. cpu: 3 seeds x 15 runs of 36 rounds, 52 minutes of one core as measured, 26 on two.
+    rounds in which the eigenvalue was measured. cpu: 3 seeds x 15 runs of 36 rounds, 26 minutes.
     Source: FedSynSAM, abstract, its first claim.
     """
     name, source = "sharpness", "FedSynSAM, arXiv 2602.11584"
@@ -135,7 +135,7 @@ class Alignment(study.Claim):
     """Cosine of every estimate of "uphill" to the true global gradient at the clients' own points, along local steps and over rounds.
 
     The trajectory is FedAvg's, with a synthesis that nothing uses (DynaFed without server epochs), so that all estimates are asked at the
-    same points. A run's number is the mean over the rounds measured after the synthesis. cpu: 3 seeds x 8 runs of 40 rounds, 52 minutes of one core as measured, 27 on two.
+    same points. A run's number is the mean over the rounds measured after the synthesis. cpu: 3 seeds x 8 runs of 40 rounds, 30 minutes.
     Source: FedSynSAM, abstract: what local SAM and the previous update get wrong.
     """
     name, source = "alignment", "FedSynSAM, arXiv 2602.11584"
@@ -258,7 +258,7 @@ class Accuracy(study.Claim):
 class Hyper(study.Claim):
     """FedSynSAM with one knob at a time changed from its default: rho, mix, warm-up, images per class, re-synthesis.
 
-    mix = 0 is FedSAM. cpu: 3 seeds x 12 runs of 30 rounds, 80 minutes of one core as measured on a busy machine, 40 on two.
+    mix = 0 is FedSAM. cpu: 3 seeds x 12 runs of 30 rounds, 42 minutes.
     Source: FedSynSAM; the knobs and their ranges are ours, as are the defaults.
     """
     name, source = "hyper", "FedSynSAM, arXiv 2602.11584; the knobs are ours"

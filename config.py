@@ -49,7 +49,7 @@ class Config:
     hidden: int = option(64, "units of the hidden layer of cnn and mlp")
     depth: int = option(1, "hidden layers of mlp; 2 with hidden 200 is the FedAvg paper's 2NN")
     stem: str = option("auto", "resnet18: first layers; auto is 3x3 without a pool for images up to 64 pixels, imagenet 7x7 with stride and pool", "auto", "imagenet")
-    bf16: bool = option(False, "clients take their local steps' gradients in bfloat16; weights, synthesis and measurements stay float32 [ours]")
+    bf16: bool = option(False, "clients take the gradients of their images in bfloat16; weights, sums, synthesis, losses and eigenvalues stay float32 [ours]")
     # federation
     clients: int = option(100, "number of clients N")
     participation: int = option(10, "clients per round m")

@@ -25,7 +25,7 @@ class FedSynth(study.Claim):
     """Accuracy against the bytes of a client's message: FedSynth with both objectives, random masking at EQUAL bytes, top-k, QSGD.
 
     A small mlp: a client's learning costs gradients through gradients, and on the cnn nothing was learnt in the rounds that could be
-    paid for. cpu: 3 seeds x (4 runs of FedSynth, 20 to 55 s each, + 7 of 5 s), 10 minutes of one core as measured.
+    paid for. cpu: 3 seeds x (4 runs of FedSynth, 20 to 55 s each, + 7 of 5 s), 5 minutes.
     Source: Hu et al. 2022 (FedSynth), abstract.
     """
     name, source = "fedsynth", "FedSynth, Hu et al. 2022"
@@ -100,7 +100,7 @@ class GradAlign(study.Claim):
     """Disagreement r of ALL clients' full gradients at the final model, and accuracy, against beta and batch size.
 
     r is measured alike for every method, on uncompressed gradients; the uplink is not compressed (the papers'). Batch 100 makes 8 local
-    steps where batch 20 makes 20. cpu: 3 seeds x 12 runs, 60 minutes of one core as measured, 30 on two. Which beta is compared is chosen on validation images.
+    steps where batch 20 makes 20. cpu: 3 seeds x 12 runs, about 26 minutes. Which beta is compared is chosen on validation images.
     Source: Dandi, Barba and Jaggi 2022.
     """
     name, source = "gradalign", "GradAlign and FedGA, Dandi et al. 2022"
@@ -159,8 +159,8 @@ def disagreement(fed):
 class Man(study.Claim):
     """Top eigenvalue, trace, accuracy and the time of a local step with and without MAN, for four bases.
 
-    The Hessian is that of plain cross-entropy, without MAN's term. Time is CPU time, which other programs on the machine hardly change.
-    cpu: 3 seeds x 8 runs, 63 minutes of one core as measured, half of which is done if `oracle` ran before it.
+    The Hessian is that of plain cross-entropy, without MAN's term. Time is CPU time, which other programs on the machine
+    change less than seconds. cpu: 3 seeds x 8 runs, about half an hour (some runs were paused meanwhile), a third of it done if `oracle` ran before.
     Source: Yashwanth et al. 2024 (MAN, arXiv 2512.08314).
     """
     name, source = "man", "MAN, arXiv 2512.08314"

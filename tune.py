@@ -143,7 +143,7 @@ def words(chosen):
 
 def table(path):
     """The winners in tuned.json -> Markdown text: what was tried, what won, the command that made it."""
-    tried = lambda e: "; ".join(f"{k} {', '.join(f'{v:g}' for v in values)}" for k, values in GRID[e["method"]].items())                # noqa: E731
+    tried = lambda e: "; ".join(f"{k} {', '.join(f'{v:g}' for v in sorted({s[k] for _, s, _ in e['tried']}))}" for k in e["settings"])     # noqa: E731
     rows = [f"| {e['method']} | {e['size']} {e['world']}".rstrip() + f" | {tried(e)} | {words(e['settings'])} | {100 * e['val_acc']:.2f} | `{e['command']}` |"
             for e in entries(path)]
     return "\n".join(["| | size | tried | won | validation accuracy % | command |", "| --- " * 6 + "|", *rows])
