@@ -84,13 +84,13 @@ class DynaFed(Distilling):
         if self.synthetic is None:
             return w
         images, logits, _ = self.synthetic
-        v = w.clone().requires_grad_()
-        adam = torch.optim.Adam([v], lr=self.cfg.finetune_lr)          # a new one every round, as in the released code
+        m, v, k = torch.zeros_like(w), torch.zeros_like(w), 0                  # a new Adam every round, as in the released code
         for _ in range(self.cfg.finetune_epochs):
             for x, y in zip(images.split(self.cfg.finetune_batch), logits.split(self.cfg.finetune_batch)):
-                v.grad, = torch.autograd.grad(synth.soft_cross_entropy(self.task.apply(v, x), y), v)
-                adam.step()
-        return v.detach()
+                here, k = w.detach().requires_grad_(), k + 1
+                g, = torch.autograd.grad(synth.soft_cross_entropy(self.task.apply(here, x), y), here)
+                w, m, v = synth.adam(w, g, m, v, self.cfg.finetune_lr, k)
+        return w
 
 
 class FedSynSAM(Distilling):

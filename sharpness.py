@@ -41,7 +41,7 @@ def gradient_graph(loss, w):
 def product(graph, v):
     """H v from a `gradient_graph`, which stays usable: v [d] -> [d], the gradient of <gradient, v>.  Source: Pearlmutter 1994."""
     gradient, w = graph
-    return torch.autograd.grad(gradient, w, v, retain_graph=True)[0]
+    return torch.autograd.grad(gradient @ v, w, retain_graph=True)[0]           # with v as an argument of grad, torch imports sympy: a second
 
 
 def hessian_vector(loss, w, v):
@@ -75,7 +75,8 @@ class Objective:
 
     def gradient(self, w):
         """The gradient of L at w [d] -> [d].  Source: definition."""
-        return self.summed(lambda b: torch.func.grad(self.part(b))(w))
+        w = w.detach().requires_grad_()
+        return self.summed(lambda b: torch.autograd.grad(self.part(b)(w), w)[0])
 
     def hessian(self, w):
         """The Hessian of L at w [d], as a function v [d] -> H v [d].

@@ -67,9 +67,12 @@ def unroll(apply, w, synthetic, inner_steps=None, look=lambda x: x):
     look: what is done to the images before each step (augmentation).  Source: DynaFed (released code); Hu et al. 2022.
     """
     images, logits, step = synthetic
+    learning = any(t.requires_grad for t in synthetic)
     for x, y in zip(images, logits) if inner_steps is None else [(images, logits)] * inner_steps:
         x = look(x)
-        w = w - step * torch.func.grad(lambda v: soft_cross_entropy(apply(v, x), y))(w)
+        here = w if w.requires_grad else w.detach().requires_grad_()
+        g, = torch.autograd.grad(soft_cross_entropy(apply(here, x), y), here, create_graph=learning)
+        w = (here if learning else w) - step * g
     return w
 
 
@@ -136,28 +139,38 @@ def learn(loss_of, guess, steps, rates, setting, progress=False):
     A step whose loss or gradient is not finite is dropped and a halved; after 10 such steps in a row (or if all fail)
     FloatingPointError is raised; it names the setting that a starts from.  Source: DynaFed (released code); the guards are ours.
     """
-    learnt = Synthetic(*(t.clone().requires_grad_() for t in guess))
-    adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(learnt, rates)])
+    learnt, m, v, k = guess, *(Synthetic(*map(torch.zeros_like, guess)) for _ in "mv"), 0
     losses, failed = [], 0
     bar = tqdm(range(steps), desc="distilling", disable=None if progress else True, leave=False, mininterval=0.5)
     for s in bar:
-        loss = loss_of(learnt, s)
-        gradients = torch.autograd.grad(loss, learnt)
-        if all(t.isfinite().all() for t in (loss, *gradients)):
-            failed = 0
-            for p, g in zip(learnt, gradients):
-                p.grad = g
-            adam.step()
+        here = Synthetic(*(x.detach().requires_grad_() for x in learnt))
+        loss = loss_of(here, s)
+        gradients = torch.autograd.grad(loss, here)
+        if all(x.isfinite().all() for x in (loss, *gradients)):
+            failed, k = 0, k + 1
+            learnt, m, v = (Synthetic(*after) for after in zip(*(adam(*each, k) for each in zip(learnt, gradients, m, v, rates))))
         else:
             failed += 1
-            with torch.no_grad():
-                learnt.step.mul_(0.5)
+            learnt = learnt._replace(step=0.5 * learnt.step)
             if failed == min(10, steps):
                 raise FloatingPointError(f"the matching loss stayed non-finite for {failed} steps: lower the synthetic step size "
                                          f"({setting}) or its learning rates")
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return Synthetic(*(p.detach() for p in learnt)), losses
+    return learnt, losses
+
+
+def adam(x, g, m, v, rate, k):
+    """Step k = 1, 2, ... of Adam along the gradient g [...] at x [...] -> (x, m, v) after it; m and v [...] are 0 at first.
+
+        m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2     x <- x - rate m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + 1e-8)
+
+    b1 = 0.9, b2 = 0.999; the order of operations is torch.optim.Adam's, so the bits are, too (on a CPU). That one would import torch's
+    compiler, which takes two seconds of a process that else ends after six; so would torch.func.grad in `unroll`.
+    Source: Kingma and Ba 2015 (Adam), Algorithm 1.
+    """
+    m, v = torch.lerp(m, g, 1 - 0.9), (0.999 * v).addcmul(g, g, value=1 - 0.999)
+    return x.addcdiv(m, v.sqrt() / (1 - 0.999**k)**0.5 + 1e-8, value=-rate / (1 - 0.9**k)), m, v
 
 
 def distill_as_set(apply, trajectory, image_shape, classes, c, generator, progress=True):

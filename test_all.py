@@ -8,6 +8,7 @@ loop, a dense matrix, PyTorch's own nn.Module and SGD, or finite differences, in
 test is always the shipped one.
 """
 import dataclasses
+import functools
 import gzip
 import importlib
 import inspect
@@ -617,6 +618,19 @@ def test_synth_data_that_made_the_trajectory_match_it():
         trajectory.append((v - 0.3 * v.grad).detach())
     end = synth.unroll(apply, trajectory[1], synth.Synthetic(s.images, labels, torch.tensor(0.3, dtype=f64)), 3)
     assert float(synth.matching_loss(end, trajectory[1], trajectory[4])) < 1e-20
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, f64))
+def test_synth_adam_is_torchs_to_the_last_bit(dtype):
+    for shape in ((), (20, 1, 7, 7)):
+        x = torch.randn(shape, generator=seeded(0)).to(dtype)
+        p, m, v = x.clone().requires_grad_(), torch.zeros_like(x), torch.zeros_like(x)
+        optimizer = torch.optim.Adam([p], lr=0.05)
+        for k in range(1, 40):
+            p.grad = (k % 7) * torch.randn(shape, generator=seeded(k)).to(dtype)
+            optimizer.step()
+            x, m, v = synth.adam(x, p.grad, m, v, 0.05, k)
+        assert torch.equal(x, p.detach())
 
 
 def test_synth_segments_start_and_end_inside_the_window():
@@ -2316,24 +2330,15 @@ def same_end(a, b):
 
 
 def test_ranks_a_run_of_two_processes_is_the_run_of_one_and_survives_a_kill(tmp_path, capsys):
-    words = [*SMALL, "--rounds", "60", "--compress", "topk", "--error-feedback", "--local-steps", "10", "--checkpoint-every", "2", "--out", tmp_path]
+    words = [*SMALL, "--compress", "topk", "--error-feedback", "--local-steps", "10", "--checkpoint-every", "2", "--out", tmp_path]
     assert main(capsys, *words, "--name", "one")[0] == 0
-    go = lambda *w: subprocess.Popen([sys.executable, "run.py", *map(str, w)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)   # noqa: E731
-    two = go(*words, "--name", "two", "--procs", "2")
-    out, err = two.communicate(timeout=120)
-    assert two.returncode == 0 and out.count("top eigenvalue") == 1, err
+    two = subprocess.run([sys.executable, "run.py", *map(str, words), "--name", "two", "--procs", "2"], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert two.returncode == 0 and two.stdout.count("top eigenvalue") == 1, two.stderr
     assert same_end(tmp_path / "one", tmp_path / "two")
-    cut = go(*words, "--name", "cut", "--procs", "2")
-    log, deadline = tmp_path / "cut" / "log.jsonl", time.time() + 100
-    while not (log.exists() and len(log.read_text().splitlines()) > 2) and time.time() < deadline:
-        time.sleep(0.01)
-    children = [int(c) for c in pathlib.Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()]
-    victim = [c for c in children if "resource_tracker" not in pathlib.Path(f"/proc/{c}/cmdline").read_text()][-1]
-    os.kill(victim, signal.SIGKILL)
-    out, err = cut.communicate(timeout=60)
-    assert cut.returncode == 1 and out == "" and "--resume" in err and "Traceback" not in err, err
-    again = go("--resume", tmp_path / "cut")
-    assert again.communicate(timeout=120) and again.returncode == 0
+    code, out, err = killed_in("loop.Federation.advance", 5, 1, *words, "--name", "cut", "--procs", "2")         # the second process, in round 5
+    assert code == 1 and out == "" and "--resume" in err and "SIGKILL" in err and "Traceback" not in err, err
+    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 4
+    assert subprocess.run([sys.executable, "run.py", "--resume", str(tmp_path / "cut")], cwd=HERE, timeout=120).returncode == 0
     assert same_end(tmp_path / "one", tmp_path / "cut")
 
 
@@ -2533,13 +2538,35 @@ def test_landscape_slices_do_not_see_a_rescaling_of_relu_layers(name, bundled):
 
 
 # -------------------------------------------------------------------------------------------------- config and run
-SMALL = ["--quick", "--clients", "20", "--participation", "2", "--measure-images", "60", "--local-steps", "2", "--outer-steps", "50"]
+SMALL = ["--quick", "--clients", "20", "--participation", "2", "--measure-images", "60", "--local-steps", "2", "--outer-steps", "50",
+         "--inner-steps", "3", "--width", "4", "--hidden", "16"]
 
 
 def main(capsys, *args):
     code = run.main([str(a) for a in args])
     out = capsys.readouterr()
     return code, out.out, out.err
+
+
+def dies_in(place, call, rank):
+    """From now on the process of that rank is killed when it calls `place` ("module.function" or "module.Class.function") for the `call`-th time."""
+    module, *path, name = place.split(".")
+    owner, calls = functools.reduce(getattr, path, importlib.import_module(module)), []
+    inner = getattr(owner, name)
+
+    def outer(*args, **kw):
+        calls.append(1)
+        if len(calls) == call and ranks.rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args, **kw)
+    setattr(owner, name, outer)
+
+
+def killed_in(place, call, rank, *words):
+    """`python run.py words`, in a fresh interpreter, with a death at an exact place -> exit code, what it printed, what it complained about."""
+    code = f"import sys, run, test_all; test_all.dies_in({place!r}, {call}, {rank}); sys.exit(run.command(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=HERE, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_config_every_field_is_read_and_described():
@@ -2678,22 +2705,18 @@ def test_run_divergence_is_code_1_and_keeps_the_log(tmp_path, capsys):
 
 
 def test_run_killed_at_any_moment_resumes_to_identical_bits(tmp_path, capsys):
-    words = [*SMALL, "--rounds", "60", "--compress", "topk", "--error-feedback", "--outer-steps", "300", "--checkpoint-every", "2", "--seed", "5",
-             "--threads", "2", "--out", tmp_path]
+    words = [*SMALL, "--compress", "topk", "--error-feedback", "--checkpoint-every", "2", "--seed", "5", "--threads", "2", "--out", tmp_path]
     assert main(capsys, *words, "--name", "whole")[0] == 0
     cut = tmp_path / "cut"
-    command = [sys.executable, "run.py", *map(str, words), "--name", "cut"]
-    length = lambda: len((cut / "log.jsonl").read_text().splitlines()) if (cut / "log.jsonl").exists() else 0      # noqa: E731
-    for kill_at in (1, 2, 5):                                # in round 2 (before a checkpoint), in the synthesis, after it
-        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 120
-        while length() < kill_at and process.poll() is None and time.time() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-        command = [sys.executable, "run.py", "--resume", str(cut)]
+    rounds = lambda: len((cut / "log.jsonl").read_text().splitlines())                # noqa: E731
+    for place, call, logged in (("loop.Federation.advance", 2, 1),                    # in round 2, before there is a checkpoint
+                                ("synth.matching_loss", 3, 2),                        # in the synthesis
+                                ("os.replace", 1, 3)):                                # while a checkpoint is written
+        assert killed_in(place, call, 0, *([*words, "--name", "cut"] if place.startswith("loop") else ["--resume", cut])) == (-signal.SIGKILL, "", "")
+        assert rounds() == logged and (cut / "checkpoint.tmp").exists() == (place == "os.replace")
     (cut / "log.jsonl").open("a").write('{"round": 999, "torn li')                   # a line cut off in the middle
-    assert main(capsys, "--resume", cut)[0] == 0
+    slow = "import sys, run; assert run.main(sys.argv[1:]) == 0 and not {'sympy', 'torch._dynamo'} & set(sys.modules)"      # seconds to import: synth.adam
+    subprocess.run([sys.executable, "-c", slow, "--resume", str(cut)], cwd=HERE, check=True, stdout=subprocess.DEVNULL, timeout=120)
     whole, again = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=False) for n in ("whole", "cut"))
     assert torch.equal(whole["w"], again["w"]) and torch.equal(whole["table"], again["table"]) and whole["slot"] == again["slot"]
     assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (cut / "log.jsonl").read_bytes()
@@ -3160,6 +3183,21 @@ def test_readme_commands_work(command, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "raw")
     code, out, err = main(capsys, *words)
     assert code == 0 and len(out) > (100 if "--report" not in words else 10), err
+
+
+def test_readme_commands_between_words_are_understood():
+    """Those in the text and its tables: too long to run here, but every flag and value is checked."""
+    commands = re.findall(r"`python run\.py ([^`]*)`", (HERE / "README.md").read_text())
+    assert len(commands) > 10
+    for words in commands:
+        args = run.parser().parse_args(words.split())
+        assert args.experiment in claims.CLAIMS and args.size in study.SIZES if args.experiment else args.tune in tune.GRID if args.tune else run.configs_of(args), words
+
+
+def test_readme_single_runs_are_what_their_commands_ask_for():
+    for row in json.loads((HERE / "results" / "asides.json").read_text()):
+        asked = run.configs_of(run.parser().parse_args(row["command"].split()[2:]))
+        assert (row["algo"], row["seed"]) in [(c.algo, c.seed) for c in asked] and row["averaged"][-1] == asked[0].rounds, row["command"]
 
 
 @pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("pip") and "tradeoff" not in c and (not c.startswith("python run.py") or "--procs" in c)])
