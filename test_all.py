@@ -1342,6 +1342,33 @@ def test_fl_vmap_and_one_by_one_give_the_same_numbers(algo, bundled):
         assert not torch.equal(feds[0].w, feds[0].task.w0)
 
 
+def elsewhere(x):
+    """A tensor, or a tuple or list of such, on the meta device, where tensors have shapes but no numbers and mixing devices is an error, as on a GPU."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(*map(elsewhere, x)) if hasattr(x, "_fields") else type(x)(map(elsewhere, x))
+    return x.to("meta") if torch.is_tensor(x) else x
+
+
+@pytest.mark.parametrize("algo", list(baselines.METHODS))
+def test_fl_no_method_leaves_anything_on_the_cpu(algo, bundled):
+    fed = vision(algo, bundled, begin=3, augment=True, man=0.1, clip=1.0, weight_decay=0.01)
+    method, w, clients = fed.method, elsewhere(fed.w), fed.clients(3)
+    with pytest.raises(RuntimeError, match="device"):
+        fed.at_once(lambda w, plan: (method.grad(w, plan[0]),), elsewhere(fed.w.expand(4, -1)), elsewhere(fed.plans(clients, 3)))      # the images are still here
+    for owner in (method, fed.task):
+        for name, value in vars(owner).items():
+            setattr(owner, name, value if name == "parts" else elsewhere(value))              # which image is whose: the server's list
+    rows = elsewhere(torch.zeros(4, method.memory + method.surveys, len(w), dtype=f64))
+    if algo != "oracle":                                                                      # looks for images of each class, anew in each round
+        method.receive(w, method.broadcast(w)[1:])
+    job = lambda own, plan: loop.local_training(method, w, own[:method.memory], plan, 0.1, own[method.memory:])                 # noqa: E731
+    plans = fed.plans(clients, 3)
+    sent, kept = fed.at_once(job, rows, plans)
+    once = job(rows[0], plans[0]) + (method.server(w, sent.mean(0), 3.0, 0.1), method.remember(kept[0], sent[0]))
+    asked = [method.survey(w, fed.task.everything(0))] if method.surveys else []
+    assert {x.device.type for x in (sent, kept, *once, *asked)} == {"meta"} and sent.shape == (4, method.uplinks, len(w))
+
+
 @pytest.mark.parametrize("model", ["convnet", "resnet18"])
 def test_fl_vmap_trains_the_large_networks_too(model, bundled):
     a, b = (vision("fedsam", bundled, torch.float32, model=model, man=0.1, clients=2, participation=2, local_steps=1, batch=2, chunk=c, begin=1) for c in (1, 2))
@@ -2390,7 +2417,7 @@ def test_sharpness_lanczos_stops_when_its_errors_are_small_and_they_are_honest()
     for seed in range(5):
         values = torch.cat([torch.tensor([8.0, 7, -6]), torch.randn(497, generator=seeded(seed))])
         A, _ = symmetric(values, seed)
-        ritz, count = sharpness.lanczos(lambda v: A @ v, randn(500, seed=seed + 9), 100, tolerance=1e-4, k=3), []
+        ritz = sharpness.lanczos(lambda v: A @ v, randn(500, seed=seed + 9), 100, tolerance=1e-4, k=3)
         top = ritz.values.abs().argsort(descending=True)[:3]
         missing = (ritz.values[top] - values[:3]).abs()
         assert (missing <= 2 * sharpness.errors(ritz)[top] + 1e-6).all() and (missing <= 2e-4 * values[:3].abs()).all()
@@ -3209,7 +3236,7 @@ def test_readme_tools_and_torchrun_work(command, tmp_path):
     elif "--procs" in words:
         words = [sys.executable, *words[1:], *SMALL, "--out", str(tmp_path)]
     else:
-        words = [sys.executable, *words[1:], "--small", "--out", str(tmp_path / "new.json" if "bench" in command else tmp_path)]
+        words = [sys.executable, *words[1:], "--small", "--out", str(tmp_path if "growth" in command else tmp_path / "new.json")] + ["--device", "cpu"] * ("gpu" in command)
     done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and len(done.stdout) > 100 and any(tmp_path.iterdir()), done.stderr
 
