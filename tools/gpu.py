@@ -1,6 +1,6 @@
 """What does a GPU gain? Seconds a round for one client after the other and for chunks of clients under vmap, and for what else runs there.
 
-    python -m tools.gpu                            a quarter of an hour at most; writes results/gpu.json
+    python -m tools.gpu                            everything (not timed yet: no GPU was at hand); writes results/gpu.json
     python -m tools.gpu --small --device cpu       a look at whether it works
 
     W1, W2       FedAvg and FedSAM with the cnn of 215,370 parameters: 100 clients, 10 a round, 20 steps of batch 32 (tools/bench.py)
