@@ -2742,8 +2742,8 @@ def test_run_killed_at_any_moment_resumes_to_identical_bits(tmp_path, capsys):
         assert killed_in(place, call, 0, *([*words, "--name", "cut"] if place.startswith("loop") else ["--resume", cut])) == (-signal.SIGKILL, "", "")
         assert rounds() == logged and (cut / "checkpoint.tmp").exists() == (place == "os.replace")
     (cut / "log.jsonl").open("a").write('{"round": 999, "torn li')                   # a line cut off in the middle
-    slow = "import sys, run; assert run.main(sys.argv[1:]) == 0 and not {'sympy', 'torch._dynamo'} & set(sys.modules)"      # seconds to import: synth.adam
-    subprocess.run([sys.executable, "-c", slow, "--resume", str(cut)], cwd=HERE, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    code = "import sys, run; assert run.main(sys.argv[1:]) == 0 and not {'sympy', 'torch._dynamo'} & set(sys.modules)"      # seconds to import: synth.adam
+    subprocess.run([sys.executable, "-c", code, "--resume", str(cut)], cwd=HERE, check=True, stdout=subprocess.DEVNULL, timeout=120)
     whole, again = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=False) for n in ("whole", "cut"))
     assert torch.equal(whole["w"], again["w"]) and torch.equal(whole["table"], again["table"]) and whole["slot"] == again["slot"]
     assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (cut / "log.jsonl").read_bytes()

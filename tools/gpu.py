@@ -13,6 +13,7 @@ seconds divided by a row's are the row's gain. `busy` is the share of the time i
 five times a second. A chunk that does not fit is halved by the loop, and the table says what it was halved to.
 """
 import argparse
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -22,7 +23,6 @@ import sys
 import tempfile
 import time
 
-import numpy as np
 import torch
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -33,14 +33,8 @@ import experiment                                # noqa: E402
 import sharpness                                 # noqa: E402
 import synth                                     # noqa: E402
 import tasks                                     # noqa: E402
-
-
-def noise(path, n, shape, test):
-    """n training and `test` test images of a shape [H, W] or [H, W, C], ten classes in turn, in a .npz file -> its path."""
-    rng = np.random.default_rng(0)
-    pixels = lambda m: rng.integers(0, 256, (m, *shape), dtype=np.uint8)                               # noqa: E731
-    np.savez(path, x_train=pixels(n), y_train=np.arange(n) % 10, x_test=pixels(test), y_test=np.arange(test) % 10)
-    return str(path)
+from tools.bench import workload                 # noqa: E402
+from tools.growth import noise                   # noqa: E402
 
 
 class Watch:
@@ -52,7 +46,8 @@ class Watch:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             if shutil.which("nvidia-smi"):
-                self.sampler = subprocess.Popen(["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"],
+                mine = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+                self.sampler = subprocess.Popen(["nvidia-smi", mine, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"],
                                                 stdout=subprocess.PIPE, text=True)
         self.start = time.perf_counter()
         return self
@@ -82,11 +77,11 @@ def rounds(cfg, n):
     return {"seconds": seconds, "chunk": fed.chunk, "busy": all_of_it.busy, "memory": all_of_it.memory}
 
 
-def training(name, settings, chunks, n):
+def training(name, cfg, chunks, n):
     """A workload with every chunk, and the largest in bfloat16 -> list of rows; prints them."""
     found = []
     for chunk, extra in [*((c, {}) for c in chunks), (1, {"bf16": True}), (chunks[-1], {"bf16": True})]:
-        row = {"workload": name, "asked": chunk, **extra, **rounds(config.Config(chunk=chunk, **extra, **settings), n)}
+        row = {"workload": name, "asked": chunk, **extra, **rounds(dataclasses.replace(cfg, chunk=chunk, **extra), n)}
         found.append(row)
         gain = statistics.median(found[0]["seconds"]) / statistics.median(row["seconds"])
         busy, memory = ("-" if row[k] is None else form(row[k]) for k, form in (("busy", "{:.0%}".format), ("memory", lambda b: f"{b / 2**20:,.0f} MiB")))
@@ -113,22 +108,24 @@ def main():
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("torch sees no GPU here; --small --device cpu shows whether the program works")
+    if args.rounds < 1:
+        p.error(f"--rounds {args.rounds} leaves nothing to time; it must be at least 1")
     small, n = args.small, 1 if args.small else args.rounds
-    common = {"device": args.device, "clients": 100, "participation": 4 if small else 10, "compress": "qsgd", "levels": 7, "clip": 0.0, "val": 10, "rounds": 10**6}
     with tempfile.TemporaryDirectory() as folder:
-        grey = noise(f"{folder}/grey.npz", 2000 if small else 60_000, (28, 28), 100)
-        colour = noise(f"{folder}/colour.npz", 2000 if small else 50_000, (32, 32, 3), 100 if small else 10_000)
-        cnn = {"model": "cnn", "width": 2 if small else 16, "hidden": 128, "local_steps": 2 if small else 20, "batch": 32, "lr": 0.05, "rho": 0.05,
-               "partition": "dirichlet-class", "alpha": 0.1, "dataset": grey}
-        deep = {"model": "cnn" if small else "resnet18", "local_epochs": 1 if small else 5, "batch": 50, "partition": "iid", "lr": 0.05, "dataset": colour}
+        grey = noise(f"{folder}/grey.npz", 3000 if small else 60_000, (28, 28), 100)
+        colour = noise(f"{folder}/colour.npz", 3000 if small else 50_000, (32, 32, 3), 100 if small else 10_000)
+        here = {"device": args.device, "val": 10, "participation": 2 if small else 10}
+        deep = config.Config(algo="fedavg", model="cnn" if small else "resnet18", local_epochs=1 if small else 5, batch=50, partition="iid", lr=0.05, clip=0.0,
+                             compress="identity", dataset=colour, **here)
         print("| workload | clients a chunk | seconds a round | gain over chunk 1 | busy | memory |\n| --- | --- | --- | --- | --- | --- |")
-        table = [row for name, settings in (("W1", {"algo": "fedavg", **cnn}), ("W2", {"algo": "fedsam", **cnn}), ("resnet18", {"algo": "fedavg", **deep}))
-                 for row in training(name, {**common, **settings}, (1, 4) if small else (1, 2, 5, 10), n)]
-        images, fed = experiment.compose(config.Config(**common, algo="fedavg", **deep).check())
+        table = [row for name, cfg in (("W1", dataclasses.replace(workload("fedavg", small), dataset=grey, **here)),
+                                       ("W2", dataclasses.replace(workload("fedsam", small), dataset=grey, **here)), ("resnet18", deep))
+                 for row in training(name, cfg, (1, 2) if small else (1, 2, 5, 10), n)]
+        images, fed = experiment.compose(deep.check())
         whole = images.train._replace(x=images.train.x[:60 if small else 2000], y=images.train.y[:60 if small else 2000])
         others = [single("evaluation of the test images", lambda: tasks.evaluate(fed.task.apply, fed.w, images.test)),
                   single(f"top eigenvalue on {len(whole.y):,} images", lambda: sharpness.top_eigenvalue(fed.task.apply, fed.w, whole))]
-        images, fed = experiment.compose(config.Config(**common, algo="fedavg", **{**deep, "model": "cnn" if small else "convnet"}).check())
+        images, fed = experiment.compose(dataclasses.replace(deep, model="cnn" if small else "convnet").check())
         trajectory = [fed.w + 0.01 * t * torch.ones_like(fed.w) for t in range(5)]                     # anything that moves
         settings, steps = config.Config(ipc=1 if small else 15, inner_steps=2 if small else 20, outer_steps=2 if small else 100, window=3), 3000
         others.append(single(f"synthesis of {10 * settings.ipc} images, {steps:,} outer steps (extrapolated from {settings.outer_steps})", lambda: synth.distill_as_set(

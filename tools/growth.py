@@ -28,12 +28,13 @@ def resident(kind="VmRSS"):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) * 1024
 
 
-def tiny_images(path, n):
-    """A Keras-layout file with n + 10 random 8x8 images for training, so that very many clients have some each."""
+def noise(path, n, shape, test):
+    """n training and `test` test images of a shape [H, W] or [H, W, C], ten classes in turn, in a file of Keras's layout -> its path."""
     import numpy as np
     rng = np.random.default_rng(0)
-    np.savez(path, x_train=rng.integers(0, 256, (n + 10, 8, 8), dtype=np.uint8), y_train=np.arange(n + 10) % 10,
-             x_test=rng.integers(0, 256, (100, 8, 8), dtype=np.uint8), y_test=np.arange(100) % 10)
+    pixels = lambda m: rng.integers(0, 256, (m, *shape), dtype=np.uint8)                               # noqa: E731
+    np.savez(path, x_train=pixels(n), y_train=np.arange(n) % 10, x_test=pixels(test), y_test=np.arange(test) % 10)
+    return str(path)
 
 
 def point(rounds=3, images=0, **settings):
@@ -47,8 +48,8 @@ def point(rounds=3, images=0, **settings):
     before, start = resident(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if images:
-            tiny_images(f"{folder}/tiny.npz", images)
-            settings["dataset"], start = f"{folder}/tiny.npz", time.perf_counter()
+            settings["dataset"] = noise(f"{folder}/tiny.npz", images + 10, (8, 8), 100)                 # ten are held out; all clients have some
+            start = time.perf_counter()
         cfg = config.Config(device="cpu", rounds=10**6, **settings).check()
         _, fed = experiment.compose(cfg)
         fed.memory.file = pathlib.Path(folder) / "memory.bin" if cfg.memory_file and ranks.rank() == 0 else None
