@@ -1,46 +1,140 @@
-"""Compressors: an update x [d] becomes a buffer of bytes, and a buffer becomes x_hat [d].
+"""Compressors: an update x [d] becomes bytes, and the bytes become x_hat [d].
 
-A federated client sends its update over a slow uplink, so it sends less than it computed. Every compressor
-here is a pair: `encode(x) -> buffer`, a uint8 tensor with really packed bits, and `decode(buffer, d) -> x_hat`.
-The server sees buffers only, and the cost of a message is `len(buffer)`; nothing is counted on paper.
+In federated learning a client sends its update over a slow uplink, so it sends less than it
+computed. A compressor is a pair, `encode(x) -> buffer` and `decode(buffer, d) -> x_hat`. A buffer
+is a uint8 tensor of really packed bits. The server sees buffers only, and a message costs
+len(buffer) bytes.
 
-    name       what x_hat is                                    E x_hat   error E||x_hat - x||^2        bits (+ 32 checksum)
-    identity   x                                                x         0                             32 d
-    topk       the k largest |x_j|, the rest 0                  biased    <= (1 - k/d) ||x||^2          k (32 + ceil(log2 d))
-    randk      k random coordinates (scaled by d/k or not)      x / -     (d/k - 1) or (1 - k/d) ||x||^2  32 k + 64
-    qsgd       |x_j| rounded at random to a grid of s levels    x         <= min(q/s^2, sqrt(q)/s) ||x||^2  d (1 + ceil(log2(s+1))) + 32 per bucket
-      elias    the same                                         x         the same                      <= n (3 + 2 log2(d/n) + log2 l^2) + 32 a bucket
-    dithering  |x_j| rounded to multiples of 2 sqrt(nu/d) ||x||   x / -   <= nu ||x||^2                 <= d (2.5 + 1/(2 sqrt(nu))) + 32
-    sign       (||x||_1 / d) sign(x)                            biased    ||x||^2 - ||x||_1^2 / d       d + 32
-    natural    |x_j| rounded at random to a power of two        x         <= ||x||^2 / 8                9 d
+    name      what x_hat is                      E x_hat  E||x_hat - x||^2       bits
+    identity  x                                  x        0                      32 d
+    topk      the k largest |x_j|, the rest 0    biased   <= (1 - k/d) ||x||^2   k (32 + a)
+    randk     k random coordinates, times d/k    x        (d/k - 1) ||x||^2      64 + 32 k
+              the same, not scaled               biased   (1 - k/d) ||x||^2      64 + 32 k
+    qsgd      |x_j| rounded to a grid at random  x        <= omega ||x||^2       32 n + d (1 + b)
+    sign      (||x||_1 / d) sign(x)              biased   ||x||^2 - ||x||_1^2/d  32 + d
 
-d is the length of x, q the bucket length of qsgd (d if there is one bucket; the bound is for the l2 scale), n the number of
-coordinates whose level is not 0 and l^2 the mean square of these levels. elias and dithering are entropy codes: what is sent is
-mostly far less than the bound, which holds for every x (of dithering at random on the mean) up to headers of some 100 bits.
-The README shows measured bits and errors; `python -m tools.tradeoff` makes that table.
-Unbiased with E err^2 <= omega ||x||^2 is the class U(omega); E err^2 <= (1 - delta) ||x||^2 is the class B(delta).
-The table is tested line by line (test_all.py, section compress).
+The checksum adds 32 bits to each. a = ceil(log2 d) bits name one of d places. qsgd cuts x into n
+buckets of q coordinates, and its grid has s levels above 0, which b = ceil(log2(s + 1)) bits
+number; omega = min(q / s^2, sqrt(q) / s) for the scale "l2".
 
-Sources: QSGD, Alistarh et al. 2017; top-k and error feedback, Stich et al. 2018, Karimireddy et al. 2019; natural
-compression, Horvath et al. 2019; sparse dithering, Albasyoni et al. 2020; the class names, Beznosikov et al. 2020. How integers
-become bits, and the 4-byte checksum that ends every buffer, so that a damaged message is an error and never a wrong update, is
-in bits.py. Read next: sam.py.
+A compressor is in the class U(omega) if it is unbiased and E||x_hat - x||^2 <= omega ||x||^2. It is
+in the class B(delta), or contractive, if E||x_hat - x||^2 <= (1 - delta) ||x||^2 with delta > 0.
+
+The wire format
+* A buffer holds the fields that the compressor's docstring lists, in that order and without gaps.
+  It ends with a checksum: the CRC-32 (that of zlib) of all bytes before it, as a 4-byte integer.
+* Whatever takes several bytes is little-endian: the least significant byte comes first.
+* A float is IEEE 754. It has 4 bytes, unless `dtype` chooses another type (float64 in tests).
+* Integers of b bits are packed without gaps; see `pack`. In a field of signs, 1 means minus.
+* d and the settings are not sent. Both ends know them.
+
+A damaged or forged buffer raises ValueError, or decodes to finite numbers.
+
+Sources: QSGD, Alistarh et al. 2017; top-k and rand-k, Stich et al. 2018; sign and error feedback,
+Karimireddy et al. 2019; the classes U and B, Beznosikov et al. 2020. The wire format is this
+project's own. Entropy codes and further compressors are in codes/.
 """
+
+import zlib
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from torch.nn import functional as F
 
-from bits import from_bytes, pack, read_integers, seal, to_bytes, unpack, unseal, write_integers
+# -------------------------------------------------------------------------------------- the wire
 
 
-# ------------------------------------------------------------------------------------------------ the compressors
+def pack(v, bits):
+    """Write n integers 0 <= v < 2^bits one after the other, without gaps.
+
+    v [n], bits in 0..32 -> uint8 [ceil(n bits / 8)].  Up to 8 bits: integer i takes the bits
+    i * bits to (i + 1) * bits - 1 of a string of bits, its least significant bit first. Bit t of
+    the string is bit t % 8 of byte t // 8, where bit 0 is the least significant one. Zeros fill the
+    last byte. More than 8 bits: first come the lowest 8 bits of all n integers, n bytes, and then
+    the higher bits of all n, packed by the same rule.
+
+    Examples: pack([1, 2, 3], 2) is the byte 0b00_11_10_01. pack([0x1AB, 0x0CD], 9) is AB CD 01.
+    """
+    if bits == 0:
+        return v.new_zeros(0, dtype=torch.uint8)
+    if bits > 8:
+        return torch.cat([pack(v & 255, 8), pack(v >> 8, bits - 8)])
+    if bits == 8:
+        return v.to(torch.uint8)
+    # Eight integers are exactly `bits` bytes: they are summed into one 64-bit word.
+    n = len(v)
+    eights = F.pad(v.long(), (0, -n % 8)).view(-1, 8)
+    words = (eights << (bits * torch.arange(8, device=v.device))).sum(1)
+    return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[: (n * bits + 7) // 8]
+
+
+def unpack(b, n, bits):
+    """The inverse of `pack`: bytes -> int64 [n]; ValueError if their length is wrong."""
+    if bits > 8:
+        return unpack(b[:n], n, 8) | unpack(b[n:], n, bits - 8) << 8
+    expect(b, (n * bits + 7) // 8)
+    if bits == 0:
+        return b.new_zeros(n, dtype=torch.long)
+    if bits == 8:
+        return b.long()
+    groups = F.pad(b, (0, -len(b) % bits)).view(-1, bits)
+    words = F.pad(groups, (0, 8 - bits)).contiguous().view(torch.long)
+    mask = (1 << bits) - 1
+    return (words >> (bits * torch.arange(8, device=b.device)) & mask).reshape(-1)[:n]
+
+
+def to_bytes(x):
+    """The memory of a tensor of any shape and type -> uint8 [numel * itemsize]."""
+    return x.reshape(-1).contiguous().view(torch.uint8)
+
+
+def from_bytes(b, n, dtype):
+    """n numbers out of uint8 [n * itemsize] -> [n]; ValueError unless all are there and finite."""
+    expect(b, n * dtype.itemsize)
+    x = b.clone().view(dtype)  # the clone aligns the memory
+    if x.is_floating_point() and not x.isfinite().all():
+        raise ValueError("damaged buffer: it holds a number that is not finite")
+    return x
+
+
+def expect(b, length):
+    """ValueError unless the field b has `length` bytes."""
+    if len(b) != length:
+        raise ValueError(f"damaged buffer: a field of {length} bytes has {len(b)}")
+
+
+def seal(*fields):
+    """Join byte tensors and add the checksum -> uint8 [sum of lengths + 4]."""
+    body = torch.cat(fields)
+    crc = zlib.crc32(body.cpu().numpy()).to_bytes(4, "little")
+    return torch.cat([body, torch.tensor(list(crc), dtype=torch.uint8, device=body.device)])
+
+
+def unseal(buffer):
+    """Check the checksum of a buffer [n + 4] -> the bytes before it [n]; ValueError if it fails."""
+    if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8 or buffer.dim() != 1:
+        raise ValueError("a buffer is a one-dimensional uint8 tensor")
+    if len(buffer) < 4:
+        raise ValueError(f"damaged buffer: {len(buffer)} bytes cannot hold a checksum of 4")
+    body, crc = buffer[:-4], buffer[-4:]
+    if zlib.crc32(body.contiguous().cpu().numpy()) != int.from_bytes(crc.tolist(), "little"):
+        raise ValueError("damaged buffer: the checksum does not match")
+    return body
+
+
+# ------------------------------------------------------------------------------- the compressors
+# Each is a frozen dataclass. encode(x, generator=None): x [d] -> buffer, uint8 [bytes].
+# decode(buffer, d) -> x_hat [d], or ValueError. `dtype` is the float type on the wire, no setting.
+
+
 @dataclass(frozen=True)
 class Identity:
-    """x_hat = x: nothing is lost, 4 d bytes (+4) are sent.
+    """x_hat = x.
 
-    encode: x [d] -> buffer; decode: buffer -> [d].  `dtype` is the float type on the wire, in every class of this file;
-    float64 lets a test be exact.  Source: definition.
+    Fields: x as d floats.
     """
+
     dtype: torch.dtype = torch.float32
     unbiased = True
 
@@ -48,247 +142,229 @@ class Identity:
         return seal(to_bytes(x.to(self.dtype)))
 
     def decode(self, buffer, d):
-        return from_bytes(unseal(buffer, d * self.dtype.itemsize), self.dtype)
+        return from_bytes(unseal(buffer), d, self.dtype)
+
+
+def count(k, d):
+    """The number of coordinates that the setting k keeps of d.  ValueError if it cannot be kept."""
+    kept = round(k * d) if k < 1 else k
+    if not 1 <= kept <= d or kept != int(kept):
+        rule = f"a count must be whole and in 1..{d}, a fraction below 1 must keep at least one"
+        raise ValueError(f"k = {k:g} keeps {kept:g} of d = {d} coordinates; {rule}")
+    return int(kept)
+
+
+def place_bits(d):
+    """Bits that name one of d places: ceil(log2 d)."""
+    return (d - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k largest |x_j|: values as floats, places as ceil(log2 d)-bit integers.
+    """Keep the k largest |x_j|; the rest of x_hat is 0.
 
-    encode: x [d] -> buffer; decode: buffer -> [d].  ||x_hat - x||^2 <= (1 - k/d) ||x||^2, with equality when all
-    |x_j| are equal; applying it twice changes nothing.  Source: Stich et al. 2018, Definition 2.1.
+    ||x_hat - x||^2 <= (1 - k/d) ||x||^2, with equality when all |x_j| are equal.
+
+    Fields: the kept x_j as k floats, in the order of increasing j; their places j, counted from 0,
+    as k integers of ceil(log2 d) bits, in the same order.
+    Source: Stich et al. 2018, Definition 2.1.
     """
-    k: int
+
+    k: Annotated[float, "coordinates kept; below 1 a fraction of d, else a count", 1e-12] = 0.05
     dtype: torch.dtype = torch.float32
     unbiased = False
 
     def encode(self, x, generator=None):
-        check_k(self.k, len(x))
-        kept = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        kept[x.abs().topk(self.k, sorted=False).indices] = True
-        where = kept.nonzero().view(-1)                                # in increasing order, cheaper than a sort
-        return seal(to_bytes(x[where].to(self.dtype)), pack(where, index_bits(len(x))))
+        k, d = count(self.k, len(x)), len(x)
+        kept = torch.zeros(d, dtype=torch.bool, device=x.device)
+        kept[x.abs().topk(k, sorted=False).indices] = True
+        places = kept.nonzero().view(-1)  # increasing, and cheaper than a sort
+        return seal(to_bytes(x[places].to(self.dtype)), pack(places, place_bits(d)))
 
     def decode(self, buffer, d):
-        check_k(self.k, d)
-        values, bits = self.k * self.dtype.itemsize, index_bits(d)
-        body = unseal(buffer, values + (self.k * bits + 7) // 8)
-        where = unpack(body[values:], self.k, bits)
-        if where[-1] >= d or (where[1:] <= where[:-1]).any():
+        k = count(self.k, d)
+        values, places = unseal(buffer).tensor_split([k * self.dtype.itemsize])
+        values = from_bytes(values, k, self.dtype)
+        places = unpack(places, k, place_bits(d))
+        if places[-1] >= d or (places[1:] <= places[:-1]).any():
             raise ValueError(f"damaged buffer: places must increase and stay below d = {d}")
-        value = from_bytes(body[:values], self.dtype)
-        return value.new_zeros(d).index_copy_(0, where, value)
+        return values.new_zeros(d).index_copy_(0, places, values)
 
 
 @dataclass(frozen=True)
 class RandK:
-    """Keep k coordinates chosen at random: the values and the 64-bit seed from which the server redraws the places.
+    """Keep k coordinates chosen at random; the server redraws their places from a seed.
 
-    encode: x [d] -> buffer; decode: buffer -> [d].  scaled: x_hat = (d/k) x on the chosen places, unbiased with
-    omega = d/k - 1; unscaled ("random masking"): E||x_hat - x||^2 = (1 - k/d) ||x||^2.  Source: Stich et al. 2018.
+    scaled: x_hat = (d/k) x at the chosen places, which is unbiased with omega = d/k - 1.
+    Not scaled ("random masking"): x_hat = x there, and E||x_hat - x||^2 = (1 - k/d) ||x||^2.
+
+    Fields: the seed, an integer of 8 bytes (of which the low 62 bits count); the chosen x_j, not
+    yet multiplied by d/k, as k floats in the order of their places.
+    The places are the first k of torch.randperm(d) under a CPU generator with that seed, in that
+    order. In other words: start with r = 0..d-1. For i = 0, 1, ..., d-2 exchange r_i and r_z, where
+    z = i + (u_i mod (d - i)) and u_0, u_1, ... are the 32-bit outputs of the Mersenne Twister
+    MT19937, initialised with the low 32 bits of the seed. The places are r_0, ..., r_{k-1}.
+    Source: Stich et al. 2018.
     """
-    k: int
-    scaled: bool = True
+
+    k: Annotated[float, "coordinates kept; below 1 a fraction of d, else a count", 1e-12] = 0.05
+    scaled: Annotated[bool, "multiply by d/k (unbiased), or not (random masking)"] = True
     dtype: torch.dtype = torch.float32
 
     @property
     def unbiased(self):
         return self.scaled
 
+    @property
+    def contractive(self):
+        return not self.scaled
+
     def places(self, seed, d):
-        """The k places of [d] that a seed stands for -> [k], the same for client and server.  Source: Stich et al. 2018."""
-        return torch.randperm(d, generator=torch.Generator().manual_seed(seed))[:self.k]
+        """The places that a seed stands for -> int64 [k], the same on every device."""
+        generator = torch.Generator().manual_seed(seed & 2**62 - 1)
+        return torch.randperm(d, generator=generator)[: count(self.k, d)]
 
     def encode(self, x, generator=None):
-        check_k(self.k, len(x))
-        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu")
-        where = self.places(int(seed), len(x)).to(x.device)
-        return seal(to_bytes(seed.to(x.device)), to_bytes(x[where].to(self.dtype)))
+        device = generator.device if generator else "cpu"
+        seed = torch.randint(2**62, (1,), generator=generator, device=device)
+        places = self.places(int(seed), len(x)).to(x.device)
+        return seal(to_bytes(seed.to(x.device)), to_bytes(x[places].to(self.dtype)))
 
     def decode(self, buffer, d):
-        check_k(self.k, d)
-        body = unseal(buffer, 8 + self.k * self.dtype.itemsize)
-        value = from_bytes(body[8:], self.dtype) * (d / self.k if self.scaled else 1)
-        if not value.isfinite().all():
+        k = count(self.k, d)
+        seed, values = unseal(buffer).tensor_split([8])
+        seed = int(from_bytes(seed, 1, torch.long))
+        values = from_bytes(values, k, self.dtype) * (d / k if self.scaled else 1)
+        if not values.isfinite().all():
             raise ValueError("damaged buffer: a value times d/k is not finite")
-        where = self.places(int(from_bytes(body[:8], torch.long)) & 2**62 - 1, d).to(body.device)
-        return value.new_zeros(d).index_copy_(0, where, value)
+        return values.new_zeros(d).index_copy_(0, self.places(seed, d).to(values.device), values)
 
 
 @dataclass(frozen=True)
 class QSGD:
-    """Stochastic quantization: |x_j| / scale is rounded at random, up or down, to the grid 0, 1/s, 2/s, ..., 1.
+    """Stochastic quantization: |x_j| / scale is rounded at random to the grid 0, 1/s, 2/s, ..., 1.
 
-    encode: x [d] -> buffer; decode: buffer -> [d].  scale = "l2" (||x||_2, as in the paper) or "max" (max |x_j|: a
-    finer grid, since the largest entry is at most the norm); `bucket` = q > 0 gives every q coordinates a scale of
-    their own.  Unbiased; E||x_hat - x||^2 = (scale/s)^2 sum_j p_j (1 - p_j), p_j the fractional part of s |x_j|/scale.
-    code = "fixed" gives every level the same number of bits and one to the sign, so "b-bit quantization" with the sign inside b
-    is s = 2^(b-1) - 1. code = "elias" is the paper's entropy code: few bits for the zeros, which are many when s << sqrt(d).
-    code = "runs" is ours (bits.py), usually shorter. x_hat is the same for all three.
-    Source: Alistarh et al. 2017, section 3.1; the fixed-length code is ours.
+    u = s |x_j| / scale becomes the level floor(u) + 1 with probability p_j = u - floor(u), and
+    floor(u) otherwise. x_hat_j = sign(x_j) * scale * level / s, which is unbiased:
+    E||x_hat - x||^2 = (scale / s)^2 sum_j p_j (1 - p_j), for each bucket.
+    The scale is ||x||_2, as in the paper, or max |x_j|, whose grid is finer.
+
+    x is cut into n = ceil(d / q) buckets of q = `bucket` coordinates, and the last may be shorter.
+    bucket = 0, or a bucket of at least d, is one bucket.
+    Fields: the n scales as floats; for each coordinate an integer of 1 + b bits, where
+    b = ceil(log2(s + 1)). Its low b bits are the level. Its highest bit is the sign, 1 for minus; a
+    level 0 may have either. So s = 2^(c-1) - 1 is "c-bit quantization" with the sign inside c.
+
+    Example: QSGD(levels=3, scale="max", bucket=0) makes of [3, -1, 0, 2] the bytes 00 00 40 40 (the
+    float 3) 2B 04 (the integers 0b011, 0b101, 0b000, 0b010) and the checksum.
+    Source: Alistarh et al. 2017, section 3.1. The code of fixed length is this project's own.
     """
-    levels: int = 7
-    scale: str = "l2"
-    bucket: int = 0
+
+    levels: Annotated[
+        int, "levels s; with the sign, 1 + ceil(log2(s+1)) bits a coordinate", 1, 2**15 - 1
+    ] = 1
+    scale: Annotated[Literal["l2", "max"], "scale of a bucket"] = "max"
+    bucket: Annotated[int, "coordinates that share a scale; 0 is all", 0] = 512
     dtype: torch.dtype = torch.float32
-    code: str = "fixed"
     unbiased = True
 
-    def rows(self, d):
-        """How a vector [d] is cut: -> (number of buckets, their length).  Source: Alistarh et al. 2017 (bucketing)."""
-        q = self.bucket if 0 < self.bucket < d else d
-        return -(-d // q), q
-
     def encode(self, x, generator=None):
-        s, d = self.levels, len(x)
-        n, q = self.rows(d)
-        x = torch.nn.functional.pad(x, (0, n * q - d)).view(n, q)
-        # the sum of squares is taken in float64, where it cannot overflow; the scale is rounded to the wire's type FIRST,
-        # so that both ends use the same grid and the code stays unbiased
-        size = x.abs().amax(1) if self.scale == "max" else torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-        size = size.clamp_max(0.99 * torch.finfo(self.dtype).max).to(self.dtype)
-        u = x.abs() * (s / size.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(torch.finfo(x.dtype).max)[:, None]
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        level = (u + noise).floor_().clamp_(max=s).view(-1)[:d].to(torch.int32)      # l + 1 with probability u - l; clamp: rounding only
-        negative = x.view(-1)[:d] < 0
-        if self.code == "fixed":
-            body = pack(level + (negative.to(torch.int32) << s.bit_length()), 1 + s.bit_length())
-        else:
-            body = write_integers(torch.where(negative, -level, level).long(), self.code)
-        return seal(to_bytes(size), body)
+        n, q = self.shape(len(x))
+        rows = F.pad(x, (0, n * q - len(x))).view(n, q)
+        scales = self.bucket_scales(rows)
+        level = self.random_levels(rows, scales, generator).view(-1)[: len(x)]
+        return seal(to_bytes(scales), self.write(level.to(torch.int32), x < 0))
 
     def decode(self, buffer, d):
-        s, bits = self.levels, self.levels.bit_length()
-        n, q = self.rows(d)
-        head, fixed = n * self.dtype.itemsize, self.code == "fixed"
-        body = unseal(buffer, head + ((d * (1 + bits) + 7) // 8 if fixed else 0), exact=fixed)
-        size, code = from_bytes(body[:head], self.dtype), body[head:]
-        if fixed:
-            code = unpack(code, d, 1 + bits)
-            level = code & (1 << bits) - 1
-            level = torch.where(code >> bits > 0, -level, level)
-        else:
-            level = read_integers(code, d, self.code)
-        if (size < 0).any() or (level.abs() > s).any():
-            raise ValueError(f"damaged buffer: a scale below 0 or a level above s = {s}")
-        x = level.to(self.dtype)
-        x = (torch.nn.functional.pad(x, (0, n * q - d)).view(n, q) * (size / s)[:, None]).view(-1)[:d]
+        n, q = self.shape(d)
+        scales, code = unseal(buffer).tensor_split([n * self.dtype.itemsize])
+        scales, level = from_bytes(scales, n, self.dtype), self.read(code, d)
+        if (scales < 0).any() or (level.abs() > self.levels).any():
+            raise ValueError(f"damaged buffer: a scale below 0 or a level above s = {self.levels}")
+        step = scales / self.levels
+        rows = F.pad(level.to(self.dtype), (0, n * q - d)).view(n, q)
+        x = (rows * step[:, None]).view(-1)[:d]
         if not x.isfinite().all():
             raise ValueError("damaged buffer: a level times its scale is not finite")
         return x
 
+    def shape(self, d):
+        """How x [d] is cut: -> (number of buckets n, their length q)."""
+        q = self.bucket if 0 < self.bucket < d else d
+        return -(-d // q), q
 
-@dataclass(frozen=True)
-class SparseDithering:
-    """A grid as fine as a wanted error needs: |x_j| becomes a multiple of the step 2h ||x||_2, h = sqrt(nu / d).
+    def bucket_scales(self, rows):
+        """One scale a bucket [n, q] -> [n], already rounded to the wire's type.
 
-    encode: x [d] -> buffer; decode: buffer -> [d].  To the nearest multiple (not randomized), no |x_j| moves by more than
-    h ||x||, so ||x_hat - x||^2 <= nu ||x||^2, and what is below h ||x|| vanishes: sparse. Not the step is sent then but the
-    multiplier of least squares, <|x|, k> / <k, k>, which is never worse. At random, to the multiple above or below: unbiased,
-    E||x_hat - x||^2 <= nu ||x||^2, since p (1 - p) (2h)^2 <= h^2; this is QSGD's grid with s = sqrt(d / nu) / 2.
-    The multiples are small whatever x is: sum_j |x_j| <= sqrt(d) ||x||, so on the mean they are at most 1 / (2 sqrt(nu)), and
-    `bits.runs` takes d (2 + 1 / (2 sqrt(nu))) bits at most (in expectation; d / 2 more to the nearest), usually far fewer.
-    Source: Albasyoni et al. 2020, of which only the abstract was at hand: grid and step are rebuilt, the bounds proved by these
-    lines; the multiplier and the code may differ in detail from theirs.
-    """
-    nu: float = 0.5
-    randomized: bool = True
-    dtype: torch.dtype = torch.float32
+        It is rounded before it is used: both ends then have the same grid, and the code stays
+        unbiased. Squares are summed in float64, where they cannot overflow.
+        """
+        if self.scale == "max":
+            scales = rows.abs().amax(1).double()
+        else:
+            scales = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return scales.clamp_max(0.99 * torch.finfo(self.dtype).max).to(self.dtype)
 
-    @property
-    def unbiased(self):
-        return self.randomized
+    def random_levels(self, rows, scales, generator):
+        """u of rows [n, q], rounded to levels at random -> [n, q]."""
+        limits = torch.finfo(rows.dtype)
+        per_unit = self.levels / scales.to(rows.dtype).clamp_min(limits.tiny)
+        u = rows.abs() * per_unit.clamp_max(limits.max)[:, None]
+        noise = torch.rand(u.shape, generator=generator, dtype=u.dtype, device=u.device)
+        # floor(u + noise) is floor(u) + 1 with probability p_j; above s only by rounding errors
+        return (u + noise).floor_().clamp_(max=self.levels)
 
-    def encode(self, x, generator=None):
-        largest = 0.99 * torch.finfo(self.dtype).max
-        step = 2 * (self.nu / len(x)) ** 0.5 * torch.linalg.vector_norm(x, dtype=torch.float64)
-        step = step.clamp_max(largest).to(self.dtype)                                # rounded first, as in QSGD
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) if self.randomized else 0.5
-        k = (x.abs() * (1 / step.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)) + noise).floor_()
-        if not self.randomized:
-            step = ((x.abs().double() @ k.double()) / k.double().square().sum().clamp_min(1)).clamp_max(largest).to(self.dtype)
-        return seal(to_bytes(step), write_integers(torch.where(x < 0, -k, k).long(), "runs"))
+    def write(self, level, negative):
+        """Levels int32 [d] and signs bool [d] -> bytes."""
+        b = self.levels.bit_length()
+        return pack(level + (negative.to(torch.int32) << b), 1 + b)
 
-    def decode(self, buffer, d):
-        body = unseal(buffer, self.dtype.itemsize, exact=False)
-        step = from_bytes(body[:self.dtype.itemsize], self.dtype)
-        if step < 0:
-            raise ValueError("damaged buffer: a step below 0")
-        largest = torch.finfo(self.dtype).max                                        # a multiple next to it must not become infinite
-        return (read_integers(body[self.dtype.itemsize:], d, "runs").to(self.dtype) * step).clamp_(-largest, largest)
+    def read(self, code, d):
+        """The inverse of `write`: bytes -> signed levels int64 [d]."""
+        b = self.levels.bit_length()
+        code = unpack(code, d, 1 + b)
+        level = code & (1 << b) - 1
+        return torch.where(code >> b > 0, -level, level)
 
 
 @dataclass(frozen=True)
 class Sign:
-    """One bit a coordinate and the mean magnitude: x_hat = (||x||_1 / d) sign(x).
+    """One bit a coordinate, and the mean magnitude: x_hat = (||x||_1 / d) sign(x).
 
-    encode: x [d] -> buffer; decode: buffer -> [d].  ||x_hat - x||^2 = ||x||^2 - ||x||_1^2 / d if no x_j is 0 (a zero is
-    sent as +).  Source: Karimireddy et al. 2019.
+    ||x_hat - x||^2 = ||x||^2 - ||x||_1^2 / d if no x_j is 0 (a zero counts as plus).
+
+    Fields: ||x||_1 / d as a float; d signs of one bit, 1 for minus.
+    Source: Karimireddy et al. 2019.
     """
+
     dtype: torch.dtype = torch.float32
     unbiased = False
 
     def encode(self, x, generator=None):
-        return seal(to_bytes(x.abs().mean(dtype=torch.float64).to(self.dtype)), pack((x < 0).to(torch.int32), 1))
+        size = x.abs().mean(dtype=torch.float64).to(self.dtype)
+        return seal(to_bytes(size), pack((x < 0).to(torch.int32), 1))
 
     def decode(self, buffer, d):
-        body = unseal(buffer, self.dtype.itemsize + (d + 7) // 8)
-        size = from_bytes(body[:self.dtype.itemsize], self.dtype)
-        return torch.where(unpack(body[self.dtype.itemsize:], d, 1) > 0, -size, size)
+        size, negative = unseal(buffer).tensor_split([self.dtype.itemsize])
+        size = from_bytes(size, 1, self.dtype)
+        return torch.where(unpack(negative, d, 1) > 0, -size, size)
 
 
-@dataclass(frozen=True)
-class Natural:
-    """Natural compression: the sign and the exponent of a float32, the mantissa rounded away at random.
-
-    encode: x [d] -> buffer; decode: buffer -> [d] float32.  |x_j| = 2^e (1 + f), 0 <= f < 1, becomes 2^(e+1) with
-    probability f, else 2^e: unbiased with omega = 1/8. Adding a uniform 23-bit integer to the bit pattern and cutting
-    the mantissa does just that, subnormal numbers and 0 included.  Source: Horvath et al. 2019.
-    """
-    unbiased = True
-
-    def encode(self, x, generator=None):
-        pattern = x.float().contiguous().view(torch.int32)
-        noise = torch.randint(1 << 23, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-        exponent = ((pattern & 0x7FFFFFFF) + noise >> 23).clamp_(max=254)        # 255 would be infinity
-        return seal(pack(exponent, 8), pack((pattern < 0).to(torch.int32), 1))
-
-    def decode(self, buffer, d):
-        body = unseal(buffer, d + (d + 7) // 8)
-        if (body[:d] == 255).any():
-            raise ValueError("damaged buffer: exponent 255 is not a finite number")
-        size = (body[:d].to(torch.int32) << 23).view(torch.float32)
-        return torch.where(unpack(body[d:], d, 1) > 0, -size, size)
+# -------------------------------------------------------------------------------- error feedback
 
 
-def index_bits(d):
-    """Bits that name one of d places: ceil(log2 d), for a vector [d].  Source: definition."""
-    return (d - 1).bit_length()
-
-
-def masking_within(size, dtype=torch.float32):
-    """Random masking at equal bytes: the k of the largest RandK buffer of at most `size` bytes, for any vector [d].  Source: definition."""
-    return (size - 12) // dtype.itemsize                              # the seed takes 8 bytes, the checksum 4
-
-
-def check_k(k, d):
-    """ValueError unless k of a vector [d] can be kept: 1 <= k <= d.  Source: definition."""
-    if not 1 <= k <= d:
-        raise ValueError(f"k = {k} coordinates cannot be kept of d = {d}; k must be in 1..{d}")
-
-
-# ------------------------------------------------------------------------------------------------ error feedback
 def with_feedback(compressor, x, e, generator=None):
     """Error feedback: send what is owed too, and remember what was left out.
 
-    p = e + x;  send C(p);  e <- p - C(p).   x [d], e [d] the residual this client kept (0 at first) -> (buffer, new e [d]).
-    It telescopes: the sum of everything sent plus the current e is the sum of all x. Use it with contractive compressors
-    (topk, sign, unscaled randk); with omega > 1 the residual grows without bound.
-    Source: Karimireddy et al. 2019 (EF-SGD), in update scale (x already contains the learning rate).
+        p = e + x;  send C(p);  e <- p - C(p)
+
+    x [d] is the update and already contains the learning rate; e [d] is the residual that this
+    client kept, 0 at first -> (buffer, new e [d]). The sum of everything sent plus the current e is
+    the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk): with
+    omega > 1 the residual grows without bound. A compressor that can say so has the attribute
+    `contractive`, and fl.Federation refuses one that is not.
+    Source: Karimireddy et al. 2019 (EF-SGD).
     """
     p = e + x
     buffer = compressor.encode(p, generator)
     return buffer, p - compressor.decode(buffer, len(p)).to(p.dtype)
-
-
-COMPRESSORS = {"identity": Identity, "topk": TopK, "randk": RandK, "qsgd": QSGD, "dithering": SparseDithering, "sign": Sign, "natural": Natural}

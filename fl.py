@@ -1,224 +1,526 @@
-"""The methods: FedAvg, and each other one as its difference from its parent.
+"""Federated learning: the loop, and the methods of this book as differences from FedAvg.
 
-A client does K local steps w <- w - eta G(w, batch) from the global model w^t [d] and sends w_K - w^t; the server averages
-what arrives and moves. G and a few details are the method; the machinery around them, one for all, is loop.py.
+    server   sends the model w^t [d] to m of the N clients
+    client   makes K local steps  w <- w - lr G  from w^t, and sends its update w_K - w^t as bytes
+    server   w^{t+1} = w^t + server_lr * (mean of the decoded updates)
 
-Symbols: d parameters; N clients, m active in a round; K local steps; eta learning rate of the client; rho radius of SAM's
-ball; `delta` is always a descent displacement (w_after - w_before), a gradient is `g`, and uphill is -delta or +g.
+In code, with a compressor (compress.py) and the loss of a client on a batch, a round of FedAvg is
 
-A method answers six questions, and a new method overrides only the answers that differ from its parent's:
+    updates = []
+    for i in chosen_clients:
+        w_i = w
+        for batch in batches_of(i):
+            w_i = w_i - lr * gradient(lambda v: loss(v, batch), w_i)
+        buffer = compressor.encode(w_i - w)
+        updates.append(compressor.decode(buffer, d))
+    w = w + server_lr * torch.stack(updates).mean(0)
 
-    broadcast   what is sent down besides w?                              (`receive`: what a client makes of it)
-    start       where does a client begin to walk?                        (at the w it received)
-    direction   which way is uphill, before the gradient is read there?   (None: read it at w)
-    gradient    what corrects the gradient?
-    finish      what does a client send up, and what does it remember?    (`remember`: once it knows what the server decoded)
-    codec       how does it become a buffer, and a vector again?          (the run's compressor)
-    server      how does the server move?
+Every client i has its own loss F_i; the goal is the minimum of their mean F. During the K steps a
+client moves towards the minimum of F_i instead: it drifts. A method is FedAvg with some of these
+hooks changed, here in the order of a round:
 
-    FedAvg -> FedSAM            climb along the client's own gradient
-           -> FedLESAM          climb back along the last global move (as the client saw it, or as the server made it)
-           -> FedSynth, Distilling, DynaFed, FedSynSAM      learn synthetic data (fedsynsam.py)
-           -> GradAlign, FedGA                              start displaced (align.py)
-           -> FedProx, SCAFFOLD, FedDyn, FedCM, ...         correct the drift of clients (baselines.py)
+    server   first_state      what it keeps, before round 0
+             prepare          its work before a round
+             broadcast        what every client receives; broadcast_once: only in its first round
+    client   first_memory     what it remembers, before its first round
+             start            where its steps begin
+    K times  point            where the gradient is computed; a SAM method goes to w + e  (sam.py)
+             correct          what is added to the gradient, as SCAFFOLD does    (methods/drift.py)
+             move             the step itself
+             upload           what it sends
+             remember         what it remembers, once it knows what the server decoded
+    server   collect          what is averaged, made of the decoded upload of a client
+             aggregate        the next global model
 
-What a method does on a client is a pure function of tensors, so that loop.py may run clients under `torch.func.vmap`. A client
-reads its own memory and what `receive` and `unpack` made of the wire, never what the server holds.
+Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `exchanges` (an
+upload before training, as in methods/alignment.py), `fed_back` (what error feedback is for).
 
-Sources: FedAvg, McMahan et al. 2017, Algorithm 1; FedSAM, Qu et al. 2022 and Caldarola et al. 2022; FedLESAM, Fan et al. 2024.
-Read next: fedsynsam.py, or loop.py for the machinery.
+Notation
+    w, w^t    model during local steps, global model of round t                                [d]
+    g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
+    u         ascent direction of SAM                                                          [d]
+    update    end minus start of the K steps, about -K lr g: a descent direction, unlike g, u  [d]
+    lr_sum    sum of the learning rates of a client's K steps, so -update / lr_sum is a mean G;
+              under vmap it is a tensor
+
+Rules for a new method
+    * Call super() in a hook and add to it (but replace `point` and `move`). Then methods combine:
+      `class FedGAMMA(FedSAM, SCAFFOLD)` needs no body. Where both parents replace a hook, the left
+      one counts.
+    * On a client, use only the settings, the arguments and self.gradient. What the server keeps
+      (self.state) reaches a client through `broadcast`, so that its bytes count, and is in
+      `received`.
+    * Never change `mine`, self.state's dict or a tensor in place; make a new one. The names in
+      `mine` are those that `first_memory` declares, uploads before training included.
+    * No `if` on the value of a tensor, and no `train` of your own: under vmap (scale/visits.py) all
+      clients are computed at once.
+    * lr_sum assumes that `move` is w - lr G: SCAFFOLD and FedCM do not fit other moves (Adam).
+    * self.state is what a checkpoint saves of a method, so keep nothing of the server elsewhere.
+
+`python -m pytest test_all.py --method mine.py:MyMethod` checks a method against these rules.
+
+A task says what is learnt (vision/task.py for images; tests/toys.py has quadratics):
+    w0, sizes                 first model [d]; number of images of each of the N clients
+    loss(w, batch)            mean loss over the rows of batch [B, 4] that are not -1, or 0 -> []
+    plan(client, generator)   the batches of one round -> [K, B, 4]; a row is one image: its index,
+                              and how it is shifted and flipped
+    steps(client)             K
+    apply(w, x)               class scores of images x
+and for some methods also image_shape, classes, shapes, weights, examples, everything, balanced.
+
+Sources: FedAvg, McMahan et al. 2017, Algorithm 1. SCAFFOLD, Karimireddy et al. 2020, option II.
+FedSAM, Qu et al. 2022, Caldarola et al. 2022. FedLESAM, Fan et al. 2024. DynaFed, Pi et al. 2023.
+FedSynSAM, Gu et al. 2026 (arXiv 2602.11584).
 """
+
 import hashlib
-from typing import NamedTuple
+from typing import Annotated, Literal
 
 import torch
 
 import sam
+import synth
+from compress import Identity, with_feedback
+
+# ---------------------------------------------------------------------------------- the methods
 
 
-def generator(seed, *what, device="cpu"):
-    """A random generator that belongs to (seed, what...), e.g. (0, "batches", round 3, client 7): no state to carry along.
-
-    -> torch.Generator.  Source: ours.
-    """
-    digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-class Client(NamedTuple):
-    """What one client holds during a round: start [d] = w^t as received, memory [p, d] its own rows, said [s, d]: see `survey`.  Source: ours."""
-    start: torch.Tensor
-    memory: torch.Tensor
-    said: torch.Tensor = None
-
-
-# ------------------------------------------------------------------------------------------------------ the methods
 class FedAvg:
-    """Federated averaging: G = g_i(w), w^{t+1} = w^t + eta_g mean_i delta_i.
+    """Federated averaging: the local step is w <- w - lr g.
 
-    w [d]; 1 gradient a step; d floats up and down; no state.  Source: McMahan et al. 2017, Algorithm 1.
+    `name: Annotated[type, "meaning", lowest, highest] = default` declares a setting.
+    Clipping is not part of the published algorithm; without it, a few clients diverge at large lr.
     """
-    memory = 0                                  # vectors [d] that a client keeps between its rounds
-    uplinks = 1                                 # vectors [d] that a client sends in a round, after its steps
-    surveys = 0                                 # vectors [d] that a client sends in a round, before its steps (align.py)
-    gradients = 1                               # gradients that a client computes in a local step, for `run.py --list`
-    reports = ()                                # names of the numbers that `report` says
-    functional = False                          # True where torch.func must take the gradients: under vmap and torch.compile
 
-    def __init__(self, task, cfg):
-        self.task, self.cfg = task, cfg         # whatever else a method puts on itself is saved in checkpoints
+    lr: Annotated[float, "learning rate of the local steps", 1e-12, None] = 0.2
+    lr_decay: Annotated[float, "lr is multiplied by this after every round", 1e-12, None] = 1.0
+    server_lr: Annotated[float, "step size along the mean update", 1e-12, None] = 1.0
+    clip: Annotated[float, "largest norm of G; 0: no clipping", 0, None] = 10.0
+    weight_decay: Annotated[float, "adds weight_decay w to the clipped G", 0, None] = 0.0
 
-    def grad_of(self, loss, w):
-        """The gradient of a scalar function loss(w) at w [d] -> [d]; plain autograd, 1.5x faster on threads, where it may be.
+    exchanges = ("train",)  # what a client does in a round; each ends with an upload
+    fed_back = ("update",)  # what error feedback is for
 
-        Source: definition.
+    def __init__(self, task, seed=0, **settings):
+        self.task, self.seed, self.gradient_of = task, seed, autograd
+        for name, value in settings.items():
+            if not hasattr(type(self), name):
+                raise TypeError(f"{type(self).__name__} has no setting {name}")
+            setattr(self, name, value)
+        self.state = self.first_state()
+
+    # On the server.
+
+    def first_state(self):
+        """What the server keeps before round 0, and checkpoints save: {name: tensor or number}."""
+        return {}
+
+    def prepare(self, t, w):
+        """Do the server's work before round t, with the model w [d].
+
+        Returns True if the result of `broadcast_once` is new, so that every client must fetch it.
         """
-        if self.functional:
-            return torch.func.grad(loss)(w)
-        w = w.detach().requires_grad_()
-        return torch.autograd.grad(loss(w), w)[0]
-
-    def grad(self, w, rows):
-        """g(w; batch): w [d], rows of one batch -> [d].  Source: definition."""
-        return self.grad_of(lambda v: self.task.loss(v, rows), w)
-
-    def begin(self, t, w, progress=False):
-        """What the server does before round t with its model w [d] -> True if there is a new parcel.  Source: ours."""
-
-    def parcel(self):
-        """What each client fetches once, when there is a new one: -> list of tensors [...].  Source: ours."""
-        return []
-
-    def unpack(self, tensors):
-        """What the clients make of a parcel, its tensors [...] as they came through the wire.  Source: ours."""
+        return False
 
     def broadcast(self, w):
-        """What the server sends in every round: w [d] first -> list of vectors [d].  Source: ours."""
-        return [w]
+        """What every client of the round receives: {name: tensor}, "w" [d] among them."""
+        return {"w": w}
 
-    def receive(self, w, extra):
-        """What a client makes of w [d] and the other vectors [d] as they came through the wire, before its steps.  Source: ours."""
+    def broadcast_once(self):
+        """What a client receives in addition, in its first round after it became new."""
+        return {}
 
-    def first_memory(self, w):
-        """The rows [p, d] of a client that was never active before, given w [d].  Source: ours."""
-        return w.new_zeros(self.memory, len(w))
+    def collect(self, decoded, lr_sum):
+        """What is averaged, made of one client's decoded upload {name: [d]}: {name: tensor}."""
+        return decoded
 
-    def survey(self, w, everything):
-        """What a client sends before it trains, given w [d] and all its images in batches [n, B, 4] -> [surveys, d].  Source: ours."""
+    def aggregate(self, w, mean, lr_sum, share):
+        """The next global model [d], from w [d] and the mean of what was collected {name: [d]}.
 
-    def hear(self, mean):
-        """What a client makes of the mean [surveys, d] of all active clients' answers, as it came down the wire.  Source: ours."""
+        lr_sum is the mean over the clients of the round. share is their share of all N clients, so
+        share * mean is the contribution of this round to a mean over all clients.
+        """
+        return w + self.server_lr * mean["update"]
 
-    def start(self, w, me):
-        """Where a client begins, given w [d] as received -> [d].  Source: ours."""
-        return w
+    # On a client.
 
-    def direction(self, w, rows, me):
-        """Which way is uphill at w [d]? -> [d], or None to stay at w.  Source: ours."""
-        return None
+    def first_memory(self, received):
+        """What a client remembers before its first round: {name: tensor}."""
+        return {}
 
-    def gradient(self, w, rows, me, uphill):
-        """G: the gradient at the rim of SAM's ball (at w if uphill [d] is None) -> [d].  Source: Foret et al. 2021, eq. (3)."""
-        return sam.sam_gradient(lambda v: self.grad(v, rows), w, uphill, self.cfg.rho)
+    def start(self, received, mine):
+        """Where the local steps begin [d]."""
+        return received["w"]
 
-    def slope(self, w, rows, me, uphill):
-        """What the client's optimizer gets at w [d]: G, clipped, and only then weight decay added -> [d].  Source: FL-Simulator's code."""
-        g = self.gradient(w, rows, me, uphill)
-        if self.cfg.clip:
-            g = g * (self.cfg.clip / g.norm().clamp_min(self.cfg.clip))
-        if self.cfg.weight_decay:
-            g = g + self.cfg.weight_decay * w
+    def point(self, w, batch, received, mine):
+        """Where the gradient is computed: (point [d], memory after this step)."""
+        return w, mine
+
+    def correct(self, g, w, received, mine):
+        """The direction G [d] of the local step from w [d], made from the gradient g [d]."""
         return g
 
-    def step(self, w, rows, me, lr, uphill):
-        """One local step: w [d] -> (w [d], me).  A padded step has lr = 0 and must change nothing.  Source: McMahan et al. 2017."""
-        return w - lr * self.slope(w, rows, me, uphill), me
+    def move(self, w, G, mine, lr):
+        """The local step along G: (w [d], memory)."""
+        return w - lr * (G + self.weight_decay * w), mine
 
-    def finish(self, w, me, steps, lr):
-        """After K steps: w [d] -> (vectors to send [uplinks, d], memory to keep [p, d]).  Source: ours."""
-        return (w - me.start)[None], me.memory
+    def upload(self, w, received, mine, lr_sum):
+        """After the K steps: (the vectors to send {name: [d]}, memory)."""
+        return {"update": w - received["w"]}, mine
 
-    def codec(self, compressor, w, plan=None):
-        """How a vector [d] becomes a buffer, and a buffer x_hat [d]: -> an object with encode and decode (compress.py).
+    def remember(self, mine, decoded, lr_sum):
+        """The memory of a client that now knows what the server decoded from its upload.
 
-        w [d] as received, plan [K, B, 4] of the round's batches, which only encode may use: the server has none.  Source: ours.
+        A compressor loses something, so the server receives `decoded`, not what was sent. What the
+        server and the clients both sum up (such as SCAFFOLD's c and c_i), both must sum up from
+        `decoded`; otherwise the two sums drift apart. The client can decode its own message.
         """
+        return mine
+
+    # What is made of the hooks.
+
+    def train(self, received, mine, batches, lr):
+        """The local steps of a client on batches [K, B, 4]: (vectors to send, memory)."""
+        w = self.start(received, mine)
+        for batch in batches:
+            w, mine = self.step(w, batch, received, mine, lr)
+        return self.upload(w, received, mine, lr * len(batches))
+
+    def step(self, w, batch, received, mine, lr):
+        """One local step: (w [d], memory)."""
+        point, mine = self.point(w, batch, received, mine)
+        G = self.correct(self.gradient(point, batch), w, received, mine)
+        if self.clip:
+            G = G * (self.clip / G.norm().clamp_min(self.clip))
+        return self.move(w, G, mine, lr)
+
+    def gradient(self, w, batch):
+        """The gradient of F_i on the batch at w [d] -> [d]."""
+        return self.gradient_of(lambda v: self.loss(v, batch), w)
+
+    def loss(self, w, batch):
+        """What a client minimises: its mean loss on the batch at w [d] -> []."""
+        return self.task.loss(w, batch)
+
+    def codec(self, compressor, received, batches=None):
+        """What encodes and decodes the upload. The server, which decodes, has no batches."""
         return compressor
 
-    def remember(self, memory, decoded):
-        """Memory [p, d] once the client knows what the server made of its message, decoded [uplinks, d] -> [p, d].
 
-        A client can decode its own buffer. What server and client both add up must be added up from the SAME numbers, or
-        the errors of the compressor pile up between the two for ever.  Source: ours.
-        """
-        return memory
+class SCAFFOLD(FedAvg):
+    """FedAvg, but G = g + c - c_i. Here c_i is the mean gradient of client i, and c that of all.
 
-    def server(self, w, mean, steps, lr):
-        """w^{t+1} from w^t [d] and the mean of what was decoded, mean [uplinks, d], after `steps` local steps in the mean -> [d].
+        c_i' = c_i - c - update / lr_sum              c <- c + sum over the clients (c_i' - c_i) / N
 
-        Source: McMahan et al. 2017.
-        """
-        return w + self.cfg.server_lr * mean[0]
+    Without clipping and weight decay, -update / lr_sum is the mean of the K directions g + c - c_i,
+    so c_i' is the mean of the K gradients g. c is always the mean of the c_i of all N clients.
+    Error feedback is for the update only: c_i' - c_i is made of the decoded c_i, so it contains the
+    last error already, and would be corrected twice.
+    """
 
-    def report(self, said, kept, weights):
-        """Numbers for the log, one for each of `reports`, from decoded answers said [m, s, d], memory kept [m, p, d], weights [m].  Source: ours."""
-        return []
+    variate: Annotated[float, "factor of c - c_i; 0: no correction", 0, None] = 1.0
+
+    def first_state(self):
+        return super().first_state() | {"c": torch.zeros_like(self.task.w0)}
+
+    def broadcast(self, w):
+        return super().broadcast(w) | {"c": self.state["c"]}
+
+    def first_memory(self, received):
+        return super().first_memory(received) | {"c_i": torch.zeros_like(received["w"])}
+
+    def correct(self, g, w, received, mine):
+        c_minus_c_i = received["c"] - mine["c_i"]
+        return super().correct(g, w, received, mine) + self.variate * c_minus_c_i
+
+    def upload(self, w, received, mine, lr_sum):
+        sent, mine = super().upload(w, received, mine, lr_sum)
+        return sent | {"c_i_change": -received["c"] - sent["update"] / lr_sum}, mine
+
+    def remember(self, mine, decoded, lr_sum):
+        mine = super().remember(mine, decoded, lr_sum)
+        return mine | {"c_i": mine["c_i"] + decoded["c_i_change"]}
+
+    def aggregate(self, w, mean, lr_sum, share):
+        w = super().aggregate(w, mean, lr_sum, share)
+        self.state = self.state | {"c": self.state["c"] + share * mean["c_i_change"]}
+        return w
 
 
 class FedSAM(FedAvg):
-    """FedAvg, except: the gradient is read at the rim, uphill of this client's OWN loss: u = g_i(w).
+    """FedAvg, but the gradient is computed at w + rho u / ||u||, where u is the gradient at w.
 
-    w [d]; 2 gradients a step; d floats up and down; no state.  Source: Qu et al. 2022; Caldarola et al. 2022.
-    """
-    gradients = 2
-
-    def direction(self, w, rows, me):
-        return self.grad(w, rows)
-
-
-class FedLESAM(FedAvg):
-    """FedAvg, except: uphill is back to the global model this client last saw: u = w_i^old - w^t, fixed for the round.
-
-    w [d]; 1 gradient a step; d floats up and down; the client keeps w_i^old [d], its last row. At its first round u = 0,
-    plain SGD. One global l2 norm (the released code divides by a sum of layer norms and indexes a flat vector by layer).
-    Source: Fan et al. 2024 (FedLESAM), the paper's rule.
-    """
-    memory = 1
-
-    def first_memory(self, w):
-        return torch.cat([super().first_memory(w)[1:], w[None]])
-
-    def direction(self, w, rows, me):
-        return me.memory[-1] - me.start
-
-    def finish(self, w, me, steps, lr):
-        sent, memory = super().finish(w, me, steps, lr)
-        return sent, torch.cat([memory[:-1], me.start[None]])
-
-
-class FedLESAMServer(FedAvg):
-    """FedAvg, except: uphill is against the server's last move: u = w^{t-1} - w^t, the same for all clients.
-
-    w [d]; 1 gradient a step; d floats up, 2 d down; the server keeps its last move [d]. In round 0 u = 0, plain SGD.
-    Source: Fan et al. 2024 (FedLESAM), the idea of the released code with the norm of the paper.
+    Two gradients a step. u increases F_i, not F.
     """
 
-    def __init__(self, task, cfg):
-        super().__init__(task, cfg)
-        self.move = torch.zeros_like(task.w0)
+    rho: Annotated[float, "radius of the ascent step", 0, None] = 0.1
 
-    def broadcast(self, w):
-        return [w, self.move]
+    def direction(self, w, batch, received, mine):
+        """The ascent direction u [d] at w [d]."""
+        return self.gradient(w, batch)
 
-    def receive(self, w, extra):
-        self.uphill = -extra[0]
-
-    def direction(self, w, rows, me):
-        return self.uphill
-
-    def server(self, w, mean, steps, lr):
-        self.move = super().server(w, mean, steps, lr) - w
-        return w + self.move
+    def point(self, w, batch, received, mine):
+        u = self.direction(w, batch, received, mine)
+        return sam.perturb(w, u, self.rho), mine
 
 
-METHODS = {"fedavg": FedAvg, "fedsam": FedSAM, "fedlesam": FedLESAM, "fedlesam-server": FedLESAMServer}
+class FedLESAM(FedSAM):
+    """FedSAM, but u = w_old - w^t, where w_old is the global model of this client's last round.
+
+    Training decreases F on the way from w_old to w^t, so back increases it. u is the same in all K
+    steps and costs no gradient. In a client's first round u = 0: no ascent.
+    """
+
+    def first_memory(self, received):
+        return super().first_memory(received) | {"w_old": received["w"]}
+
+    def direction(self, w, batch, received, mine):
+        return mine["w_old"] - received["w"]
+
+    def upload(self, w, received, mine, lr_sum):
+        sent, mine = super().upload(w, received, mine, lr_sum)
+        return sent, mine | {"w_old": received["w"]}
+
+
+class Distilling(FedAvg, synth.Synthesis):
+    """FedAvg, but before round `warmup` the server learns synthetic data from w^0 ... w^warmup.
+
+    The server has no images. But its own models were trained on the images of all clients, and
+    synth.py finds a few images on which training takes the same path.
+    """
+
+    warmup: Annotated[int, "rounds before the synthesis", 1, None] = 10
+    resynthesize: Annotated[int, "rounds between syntheses; 0: only one", 0, None] = 0
+
+    def first_state(self):
+        if self.window > self.warmup:
+            raise ValueError(f"window = {self.window} is longer than the warmup = {self.warmup}")
+        nothing = {"trajectory": [], "X": None, "Y": None, "matching": None}
+        return super().first_state() | nothing
+
+    def prepare(self, t, w):
+        news = super().prepare(t, w)
+        late = t - self.warmup  # rounds since the first synthesis
+        trajectory = self.state["trajectory"]
+        if late <= 0 or self.resynthesize:
+            trajectory = [*trajectory, w][-(self.warmup + 1) :]
+        self.state = self.state | {"trajectory": trajectory}
+        if late == 0 or (late > 0 and self.resynthesize and late % self.resynthesize == 0):
+            self.learn_synthetic_data(t)
+            news = True
+        return news
+
+    def learn_synthetic_data(self, t):
+        trajectory, generator = self.state["trajectory"], rng(self.seed, "synthesis", t)
+        data, losses = synth.synthesize(self.task, trajectory, self, generator)
+        last = losses[-20:]
+        learnt = {"X": data.images, "Y": data.logits, "matching": sum(last) / len(last)}
+        kept = trajectory if self.resynthesize else []
+        self.state = self.state | learnt | {"trajectory": kept}
+
+
+class DynaFed(Distilling):
+    """Distilling, and the server trains every new global model on the synthetic data."""
+
+    finetune_epochs: Annotated[int, "epochs of the server on the synthetic data", 0, None] = 20
+    finetune_lr: Annotated[float, "learning rate of the server's Adam", 0, None] = 1e-4
+    finetune_batch: Annotated[int, "images in a step of the server", 1, None] = 256
+
+    def aggregate(self, w, mean, lr_sum, share):
+        w = super().aggregate(w, mean, lr_sum, share)
+        X, Y = self.state["X"], self.state["Y"]
+        if X is None:
+            return w
+        epochs, lr, batch = self.finetune_epochs, self.finetune_lr, self.finetune_batch
+        return synth.finetune(self.task.apply, w, X, Y, epochs, lr, batch)
+
+
+class FedSynSAM(Distilling, FedSAM):
+    """FedSAM, but u comes from the synthetic data, an estimate of the gradient of F.
+
+        u = (1 - mix) g_i / ||g_i||  +  mix g_syn / ||g_syn||
+
+    Three gradients a step; two if mix = 1. Until the synthesis it is FedSAM or FedAvg. Of the paper
+    only the abstract was at hand, which leaves the blend and the start open: both are this
+    project's choices.
+    """
+
+    mix: Annotated[float, "weight of the synthetic gradient in u", 0, 1] = 0.5
+    warmup_method: Annotated[Literal["fedsam", "fedavg"], "before the synthesis"] = "fedsam"
+
+    def broadcast_once(self):
+        X, Y = self.state["X"], self.state["Y"]
+        return super().broadcast_once() | ({} if X is None else {"X": X, "Y": Y})
+
+    def direction(self, w, batch, received, mine):
+        if "X" not in received and self.warmup_method == "fedavg":
+            return torch.zeros_like(w)
+        if "X" not in received or self.mix == 0:
+            return super().direction(w, batch, received, mine)
+        g_syn = self.synthetic_gradient(w, received)
+        if self.mix == 1:
+            return g_syn
+        return sam.blend(super().direction(w, batch, received, mine), g_syn, self.mix)
+
+    def synthetic_gradient(self, w, received):
+        """The gradient of the loss on the synthetic images at w [d] -> [d]."""
+        X, Y = received["X"], received["Y"]
+        return self.gradient_of(lambda v: synth.synthetic_loss(self.task.apply, v, X, Y), w)
+
+
+# ------------------------------------------------------------------------------------- the loop
+
+
+class Federation:
+    """The state of a run: global model w [d], round t, memories of the clients, bytes sent.
+
+    m = participation of the N clients take part in a round. Here they are visited one after the
+    other; scale/ has faster ways. Error feedback is explained in compress.py.
+    """
+
+    def __init__(
+        self,
+        method,
+        compressor,
+        participation: Annotated[int, "clients per round m", 1, None] = 10,
+        average: Annotated[Literal["uniform", "size"], "weights of the clients"] = "uniform",
+        error_feedback: Annotated[bool, "send later what compression removed"] = False,
+    ):
+        self.method, self.task, self.compressor = method, method.task, compressor
+        self.m, self.feedback = participation, error_feedback
+        if error_feedback and not getattr(compressor, "contractive", True):
+            raise ValueError(f"error_feedback needs a contractive compressor, not {compressor}")
+        self.weights = [1] * len(self.task.sizes) if average == "uniform" else self.task.sizes
+        self.w, self.t = self.task.w0.clone(), 0
+        self.bytes_up, self.bytes_down = 0, 0
+        self.memory = {}  # client -> {name: tensor}
+        self.informed = set()  # clients that have received the latest `broadcast_once`
+
+    def round(self):
+        """One round: w^t becomes w^{t+1}."""
+        method, lr = self.method, self.method.lr * self.method.lr_decay**self.t
+        if method.prepare(self.t, self.w):
+            self.informed = set()
+        clients = self.choose()
+        received, mean = self.send_down(clients), {}
+        for work in method.exchanges:
+            received = received | self.through_wire(mean, len(clients))
+            mean = self.exchange(work, clients, received, lr)
+
+        weight = sum(self.weights[i] for i in clients)
+        lr_sum = lr * sum(self.weights[i] * self.task.steps(i) for i in clients) / weight
+        self.w = method.aggregate(self.w, mean, lr_sum, share=weight / sum(self.weights))
+        if not self.w.isfinite().all():
+            raise FloatingPointError(f"round {self.t}: the new global model is not finite")
+        self.t += 1
+
+    def choose(self):
+        """The clients of this round: m of N, without replacement."""
+        order = torch.randperm(len(self.weights), generator=self.rng("clients", self.t))
+        return sorted(order[: self.m].tolist())
+
+    def exchange(self, work, clients, received, lr):
+        """The clients do their work ("train") and upload: the mean of what is collected."""
+        codec = self.method.codec(self.compressor, received)
+        weight = sum(self.weights[i] for i in clients)
+        mean = {}  # in float64, so that the order of the clients does not matter
+        for i, (buffers, mine) in zip(clients, self.visits(work, clients, received, lr)):
+            self.bytes_up += sum(len(buffer) for buffer in buffers.values())
+            decoded = {n: codec.decode(b, len(self.w)).to(self.w) for n, b in buffers.items()}
+            lr_sum = lr * self.task.steps(i)
+            self.memory[i] = self.after_upload(work, mine, decoded, lr_sum)
+            for name, x in self.method.collect(decoded, lr_sum).items():
+                so_far = mean.get(name, torch.zeros_like(x, dtype=torch.float64))
+                mean[name] = so_far.add(x, alpha=self.weights[i] / weight)
+        return {name: x.to(self.w) for name, x in mean.items()}
+
+    def after_upload(self, work, mine, decoded, lr_sum):
+        """The memory of a client after an upload; what it sent before training, it keeps for it."""
+        return self.method.remember(mine, decoded, lr_sum) if work == "train" else mine | decoded
+
+    def visits(self, work, clients, received, lr):
+        """The replies of all clients of the round, in order: yields (buffers, memory)."""
+        for i in clients:
+            yield self.visit(work, i, received, lr)
+
+    def visit(self, work, i, received, lr):
+        """Client i works and encodes what it sends: ({name: bytes}, memory)."""
+        batches, mine = self.plan(work, i), self.recall(i, received)
+        sent, mine = getattr(self.method, work)(received, mine, batches, lr)
+        return self.encode(work, i, sent, mine, received, batches)
+
+    def plan(self, work, i):
+        """The batches of client i [K, B, 4]: drawn for training, all its images for other work."""
+        if work != "train":
+            return self.task.everything(i)
+        return self.task.plan(i, self.rng("batches", self.t, i))
+
+    def recall(self, i, received):
+        """The memory of client i before it works: {name: tensor}."""
+        if i in self.memory:
+            return self.memory[i]
+        mine = self.method.first_memory(received)
+        for name in self.method.fed_back if self.feedback else ():
+            mine = mine | {"residual of " + name: torch.zeros_like(received["w"])}
+        return mine
+
+    def encode(self, work, i, sent, mine, received, batches):
+        """The vectors that client i sends {name: [d]} as bytes: ({name: bytes}, memory).
+
+        Error feedback adds what compression removed from a client's last message to its next one.
+        """
+        codec, buffers = self.method.codec(self.compressor, received, batches), {}
+        purpose = "compressor" if work == "train" else work
+        for j, (name, x) in enumerate(sent.items()):
+            if not x.isfinite().all():
+                raise FloatingPointError(f"round {self.t}, client {i}: its {name} is not finite")
+            generator = self.rng(purpose, self.t, i, j, device=x.device)
+            if self.feedback and name in self.method.fed_back:
+                e = mine["residual of " + name]
+                buffers[name], e = with_feedback(codec, x, e, generator)
+                mine = mine | {"residual of " + name: e}
+            else:
+                buffers[name] = codec.encode(x, generator)
+        return buffers, mine
+
+    def send_down(self, clients):
+        """What the clients of the round hold after the download: {name: tensor}.
+
+        All of them hold `broadcast_once`, but only those who fetch it now cost bytes for it.
+        """
+        newcomers = set(clients) - self.informed
+        self.informed |= newcomers
+        always = self.through_wire(self.method.broadcast(self.w), len(clients))
+        once = self.through_wire(self.method.broadcast_once(), len(newcomers))
+        return always | once
+
+    def through_wire(self, tensors, receivers):
+        """Encode and decode what goes down, and count its bytes. It is not compressed."""
+        arrived = {}
+        for name, x in tensors.items():
+            wire = Identity(x.dtype)
+            buffer = wire.encode(x.flatten())
+            self.bytes_down += len(buffer) * receivers
+            arrived[name] = wire.decode(buffer, x.numel()).view_as(x)
+        return arrived
+
+    def rng(self, *purpose, device="cpu"):
+        return rng(self.method.seed, *purpose, device=device)
+
+
+# -------------------------------------------------------------------------------------- helpers
+
+
+def autograd(loss, w):
+    """The gradient of loss(w) at w [d] -> [d]."""
+    w = w.detach().requires_grad_()
+    return torch.autograd.grad(loss(w), w)[0]
+
+
+def rng(seed, *purpose, device="cpu"):
+    """A random generator for one purpose only, such as rng(0, "batches", round, client).
+
+    So nothing has to be saved for a run to continue, and the order of the work does not matter.
+    """
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)  # below 2^63

@@ -1,292 +1,840 @@
-#!/usr/bin/env python3
-"""Run federated experiments from the command line; this file parses, composes and prints, the work is done above it.
+"""Experiments: put the parts together, run, write everything down, continue after a kill, compare.
 
-    python run.py --algo fedsynsam                      one run: bundled images, 100 clients, quantized uplink
-    python run.py --algo fedavg fedsynsam --seeds 3     a comparison: one table with mean and standard deviation
-    python run.py --resume runs/NAME                    continue a run that was cut off, to bit-identical weights (CPU)
-    python run.py --procs 4 ...                         four processes share every round (ranks.py); torchrun does it too
-    python run.py --preset fedwmsam-fmnist --algo ...   the settings of a published table, its numbers beside ours (presets.py)
-    python run.py --list                                every method: parent, gradients, bytes both ways, state, source
-    python run.py --explain fedsynsam                   what a method changes against its parent, from the source itself
-    python run.py --quick ...                           the same job at a tenth of the size
-    python run.py --experiment NAME --size cpu          a claim of a paper, measured: table, figure, verdict (claims.py)
-    python run.py --tune METHOD --size cpu              search settings on validation images, for `accuracy` (tune.py)
-    python run.py --report                              rewrite the README's tables from results/
+    python run.py                                    FedSynSAM on the bundled images, 100 clients
+    python run.py --algo fedavg fedsynsam --seeds 3  a comparison: mean and standard deviation
+    python run.py --resume runs/NAME                 continue a run or a comparison
+    python run.py --quick                            the same job at a tenth of the size
+    python run.py --list                             all methods, compressors, networks and splits
+    python run.py --algo fedprox --help              the settings of the parts of this run
 
-Every run has a folder: config.json (all settings, versions, hardware), log.jsonl (a line a round, written as it happens),
-checkpoint.pt, result.json, curve.png and synthetic.png (the distilled images). A folder is never overwritten. A comparison
-is a folder of such folders with comparison.json, table.md and curve.png. Exit codes: 0 done, 1 a run failed (diverged),
-2 wrong input, found before any work.  Read next: test_all.py.
+and from Python
+
+    outcome = run.experiment(algo="fedsynsam", rounds=20, rho=0.05)
+    outcome.result["test_acc"]
+
+A run has four parts: a method (fl.py, methods/), a compressor (compress.py, codes/), a network
+(vision/models.py) and a split (vision/split.py). Each is a class or a function that declares its
+settings, and the flags follow from them. A part of your own is FILE.py:NAME, or from Python the
+class itself. Two methods are combined as scaffold+labelcal.
+
+The folder of a run holds config.json (settings, versions, hardware), log.jsonl (a line a round),
+checkpoint.pt, result.json, curve.png and synthetic.png. A run that was killed and resumed ends with
+the same numbers as one that was not. The accuracy of a run is the mean over its last evaluations,
+never that of its best round. Exit codes: 0 done, 1 a run failed, 2 wrong input, 130 interrupted.
 """
+
 import argparse
-import dataclasses
+import contextlib
 import difflib
-import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
 import json
+import math
 import os
-import pathlib
+import platform
+import statistics
 import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
-import baselines
-import claims
-import config
-import experiment
-import loop
-import presets
-import ranks
-import show
-import study
-import tune
-from config import Config
-from tools import plot
+import fl
+import sam
+from scale import visits
+from vision import data, models, plots, split, task
+
+try:
+    import fcntl
+except ImportError:  # Windows cannot lock a folder, and works without
+    fcntl = None
+
+HERE = Path(__file__).parent
+
+# ---------------------------------------------------------------------------------- the settings
 
 
-# ------------------------------------------------------------------------------------------------------ comparisons
-def compare(folder, configs, made=None):
-    """Do all runs of a comparison that are not done yet, one after the other; print and keep the table -> exit code.
+class Run:
+    """The settings of a run that belong to no other part."""
 
-    made: what experiment.compose made of the first of them.
+    algo: Annotated[str, "method"] = "fedsynsam"
+    compress: Annotated[str, "compressor of the updates"] = "qsgd"
+    model: Annotated[str, "network"] = "cnn"
+    partition: Annotated[str, "how the images are split over the clients"] = "dirichlet"
+    dataset: Annotated[str, "bundled, a name that torchvision knows, or a file .npz"] = "bundled"
+    val: Annotated[int, "training images held out for tuning", 0, None] = 1000
+    clients: Annotated[int, "number of clients N", 1, None] = 100
+    rounds: Annotated[int, "rounds T", 1, 10**7] = 60
+    seed: Annotated[int, "seed of all random choices but the validation images", 0, 10**9] = 0
+    eval_every: Annotated[int, "rounds between evaluations", 1, None] = 2
+    last: Annotated[int, "the result is a mean over so many last evaluations", 1, None] = 5
+    measure_images: Annotated[int, "training images for loss and eigenvalue", 1, None] = 2000
 
-    A run that diverges is reported and does not stop the others.
+
+class Machine:
+    """The settings that change seconds and not the experiment (and threads, chunk of scale/)."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
+    visit: Annotated[Literal["auto", "plain", "threads", "vmap"], "how clients are visited"] = (
+        "auto"
+    )
+    checkpoint_every: Annotated[int, "rounds between checkpoints", 1, None] = 5
+
+
+MACHINE = (Machine, visits.Threads, visits.Vmap)
+
+
+class Setting(NamedTuple):
+    """A declared setting. lowest and highest are legal; None is no limit."""
+
+    type: type
+    meaning: str
+    lowest: float | None
+    highest: float | None
+    default: object
+
+
+def settings_of(part):
+    """The settings that a class (with its parents) or a function declares: {name: Setting}."""
+    hints = get_type_hints(part, include_extras=True)
+    if inspect.isclass(part):
+        hints |= get_type_hints(part.__init__, include_extras=True)
+    parameters = inspect.signature(part).parameters
+    settings = {}
+    for name, hint in hints.items():
+        if get_origin(hint) is Annotated:
+            meaning, lowest, highest = (*hint.__metadata__, None, None)[:3]
+            default = parameters[name].default if name in parameters else getattr(part, name)
+            settings[name] = Setting(hint.__origin__, meaning, lowest, highest, default)
+    return settings
+
+
+def check(name, value, setting):
+    """The value, in the type of the setting; ValueError if it is not legal."""
+    kind, _, lowest, highest, _ = setting
+    words = get_args(kind)  # of a Literal
+    if words and value not in words:
+        raise ValueError(f"{name} = {value!r} is unknown; {closest(value, words)}")
+    if kind is float and type(value) is int and abs(value) < 1e30:
+        value = float(value)
+    if not words and type(value) is not kind:
+        raise ValueError(f"{name} = {value!r} is no {kind.__name__}")
+    if kind in (int, float):
+        low = -1e30 if lowest is None else lowest
+        high = {int: 2**31, float: 1e30}[kind] if highest is None else highest
+        if not low <= value <= high:  # written so, it refuses nan too
+            legal = f"in {low:g}..{high:g}" if highest is not None else f"at least {low:g}"
+            raise ValueError(f"{name} = {value} is out of range; it must be {legal}")
+    return value
+
+
+def changes_seconds(name):
+    """Is this a setting that changes seconds and not the experiment?"""
+    return any(name in settings_of(part) for part in MACHINE)
+
+
+def closest(word, known):
+    """A hint for a word that is not among the known ones: the most similar ones, or all."""
+    near = difflib.get_close_matches(str(word).lower(), known, 3, 0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+# ------------------------------------------------------------------------------------- the parts
+
+PLACES = {
+    "algo": ("fl", "methods"),
+    "compress": ("compress", "codes"),
+    "model": ("vision.models",),
+    "partition": ("vision.split",),
+}
+
+
+def is_part(kind, thing):
+    """Is this member of a module a method, a compressor, a network or a split?"""
+    if kind == "partition":
+        first = ["labels", "N", "rng"]
+        return inspect.isfunction(thing) and [*inspect.signature(thing).parameters][:3] == first
+    if not inspect.isclass(thing):
+        return False
+    if kind == "model":
+        return "image_shape" in inspect.signature(thing).parameters
+    return issubclass(thing, fl.FedAvg) if kind == "algo" else hasattr(thing, "encode")
+
+
+def name_of(part):
+    """The name of a part on the command line: FedLESAM_S is fedlesam-s."""
+    return part.__name__.lower().replace("_", "-")
+
+
+def parts(kind):
+    """All parts of a kind ("algo", "compress", "model", "partition"): {name: class or function}."""
+    found = {}
+    for place in PLACES[kind]:
+        files = sorted((HERE / place).glob("[!_]*.py"))
+        for module in [f"{place}.{file.stem}" for file in files] or [place]:
+            for thing in vars(importlib.import_module(module)).values():
+                if getattr(thing, "__module__", None) == module and is_part(kind, thing):
+                    found[name_of(thing)] = thing
+    return found
+
+
+def find(kind, name):
+    """A part: itself, by its name, as FILE.py:NAME, or two methods combined as NAME+NAME."""
+    if not isinstance(name, str):
+        return name
+    path, colon, member = name.rpartition(":")
+    if colon:
+        return from_file(kind, Path(path), member)
+    known = parts(kind)
+    if kind == "algo" and "+" in name:
+        return type(name, tuple(find(kind, word) for word in name.split("+")), {})
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; {closest(name, known)} (or FILE.py:NAME)")
+    return known[name]
+
+
+def from_file(kind, path, member):
+    """The part called `member` in a file of the reader's own."""
+    label = "reader_" + path.stem  # a file called sam.py must not replace ours
+    loaded = sys.modules.get(label)
+    if loaded is None or loaded.__file__ != str(path.absolute()):
+        loaded = sys.modules[label] = import_file(label, path)
+    part = getattr(loaded, member, None)
+    if part is None or not is_part(kind, part):
+        raise ValueError(f"{path} has no {kind} called {member!r}")
+    return part
+
+
+def import_file(label, path):
+    """The module in a file, under another name."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(label, path.absolute())
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def owners(given):
+    """Everything that declares settings in a run with these parts."""
+    chosen = [find(kind, given.get(kind, getattr(Run, kind))) for kind in PLACES]
+    return [Run, *chosen, fl.Federation, task.Images, *MACHINE]
+
+
+def resolve(**given):
+    """All settings of a run, checked, the defaults filled in: {name: value}.
+
+    Raises ValueError for a setting that no part of the run has, or a value that is not legal.
     """
-    results, failed = [], 0
+    settings = {}
+    for part in owners(given):
+        for name, setting in settings_of(part).items():
+            value = given.get(name, setting.default)
+            settings[name] = value if name in PLACES else check(name, value, setting)
+    for name in given:
+        if name not in settings:
+            raise ValueError(f"{name} is no setting of this run; {who_has(name, settings)}")
+    T, m, N = settings["rounds"], settings["participation"], settings["clients"]
+    if m > N:
+        raise ValueError(f"participation = {m} is out of range; it must be in 1..{N} clients")
+    if settings.get("warmup", 0) >= T:
+        raise ValueError(f"warmup = {settings['warmup']} must be below the number of rounds, {T}")
+    return settings
 
-    def begin(child, cfg):
-        child.mkdir(exist_ok=True)
-        if not (child / "config.json").exists():
-            experiment.write(child / "config.json", experiment.described(cfg))
-    for n, cfg in enumerate(configs):
-        child = folder / f"{cfg.algo}-s{cfg.seed}"
-        ranks.served(lambda: begin(child, cfg))
+
+def who_has(name, known):
+    """A hint about a setting that this run has not: which parts have it, or a similar name."""
+    name, having = name.replace("-", "_"), []
+    for kind in PLACES:
+        for label, part in parts(kind).items():
+            if name in settings_of(part):
+                having.append(f"{kind} {label}")
+    if having:
+        return f"it belongs to {', '.join(having)}"
+    return closest(name, sorted(filter(None, known)))
+
+
+def quick(settings):
+    """The same job at a tenth of the size, for a first look and for tests."""
+    least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
+    small = {n: max(low, round(settings[n] / 10)) for n, low in least.items() if n in settings}
+    if "warmup" in settings:
+        small["window"] = min(settings["window"], small["warmup"])
+        small["resynthesize"] = math.ceil(settings["resynthesize"] / 10)
+    return settings | small | {"last": 1}
+
+
+def compose(settings):
+    """From all settings to things: (Federation, Dataset).  Raises ValueError if they do not fit."""
+
+    def of(part):
+        return {name: settings[name] for name in settings_of(part)}
+
+    method, compressor, network, splitter = (find(kind, settings[kind]) for kind in PLACES)
+    seed, device = settings["seed"], device_of(settings["device"])
+    images = data.load(settings["dataset"], settings["val"], device)
+    shape, classes = images.train.x.shape[1:], len(images.train.classes)
+    model = models.build(network, shape, classes, seed, device, **of(network))
+    clients = images.clients or split.partition(
+        splitter, images.train.y, settings["clients"], seed, **of(splitter)
+    )
+    learnt = task.Images(model, images.train, clients, **of(task.Images))
+    compressor = compressor(**of(compressor))
+    compressor.encode(model.w0)  # k of top-k, for instance, may not fit
+    visitor, how = visitor_of(settings, device)
+    method = method(learnt, seed, **of(method))
+    return visitor(method, compressor, **of(fl.Federation), **how), images
+
+
+def device_of(wanted):
+    """The torch.device, set up so that numbers do not depend on threads and are true float32."""
+    torch.set_num_threads(1)  # one core for one operation; the threads of scale/ use the others
+    torch.backends.cudnn.allow_tf32 = False
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and not gpus:
+        raise ValueError("device = cuda, but torch sees no GPU here; use auto or cpu")
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
+def visitor_of(settings, device):
+    """How the clients of a round are visited: (a class like fl.Federation, its arguments)."""
+    how = settings["visit"]
+    if how == "auto":
+        how = "vmap" if device.type == "cuda" else "threads"
+    alone = {"plain": fl.Federation, "threads": visits.Threads, "vmap": visits.Vmap}
+    ranks = {"plain": visits.Ranks, "threads": visits.ThreadRanks, "vmap": visits.VmapRanks}
+    wanted = {"plain": (), "threads": ("threads",), "vmap": ("chunk",)}[how]
+    visitor = (ranks if "WORLD_SIZE" in os.environ else alone)[how]
+    return visitor, {name: settings[name] for name in wanted}
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+
+class Outcome(NamedTuple):
+    """What a run gives: the dict of result.json, the rows of log.jsonl, and what it ended with."""
+
+    result: dict
+    log: list
+    federation: fl.Federation
+    data: data.Dataset
+
+
+def experiment(folder=None, *, watch=None, **settings):
+    """One run, with or without a folder -> Outcome.
+
+    A folder is made if it is not there. If it holds a run with the same settings, that is
+    continued; if it is finished, it is read. watch(federation) is called after every round.
+    Raises ValueError for wrong input, FloatingPointError if numbers stop being finite.
+    """
+    settings, folder = resolve(**settings), folder and Path(folder)
+    federation, images = compose(settings)
+    config = described(settings, images)
+    sample = measured_images(images.train, settings["measure_images"])
+    with workplace(folder) as place:
+        agree(place / "config.json", config)
+        log, seconds = restore(folder or place, federation, config["hash"])
+        write(place / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+        began = time.perf_counter() - seconds
+        todo = range(federation.t, settings["rounds"])
+        for _ in tqdm(todo, config["label"], disable=None if first_rank() else True):
+            federation.round()
+            log.append(row_of(federation, images, sample, settings))
+            with open(place / "log.jsonl", "a") as file:
+                file.write(json.dumps(log[-1]) + "\n")
+            if watch:
+                watch(federation)
+            if federation.t % settings["checkpoint_every"] == 0 or federation.t == todo.stop:
+                save(place, federation, log, config["hash"], time.perf_counter() - began)
+        if not (place / "result.json").exists():
+            result = result_of(config, federation, log, sample)
+            result["seconds"] = time.perf_counter() - began
+            if place == folder:
+                draw(place, federation, log, config["label"], images)
+            write(place / "result.json", json.dumps(result, indent=1) + "\n")
+        return Outcome(read_json(place / "result.json"), log, federation, images)
+
+
+def row_of(federation, images, sample, settings):
+    """What the log says of the round that has just ended: {name: number}."""
+    t = federation.t
+    row = {"round": t, "up": federation.bytes_up, "down": federation.bytes_down}
+    if t % settings["eval_every"] == 0 or t == settings["rounds"]:
+        for name, some in (("train", sample), ("val", images.val), ("test", images.test)):
+            if len(some.y):
+                apply, each = federation.task.apply, each_of(federation)
+                loss, accuracy = task.evaluate(apply, federation.w, some, each=each)
+                row |= {f"{name}_loss": loss, f"{name}_acc": accuracy}
+        if not math.isfinite(row["train_loss"]):
+            raise FloatingPointError(f"round {t}: the training loss is {row['train_loss']}")
+    return row
+
+
+def each_of(federation):
+    """The `map` of the federation's threads, or the usual one."""
+    return federation.pool.map if hasattr(federation, "pool") else map
+
+
+def measured_images(train, n):
+    """n training images, the same for all seeds and methods."""
+    chosen = torch.randperm(len(train.y), generator=fl.rng(0, "measure"))[:n].to(train.y.device)
+    return train._replace(x=train.x[chosen], y=train.y[chosen])
+
+
+def result_of(config, federation, log, sample):
+    """The dict of result.json, but for the seconds, of a run that has made all its rounds."""
+    settings, d = config["settings"], len(federation.w)
+    last = [row for row in log if "train_loss" in row][-settings["last"] :]
+    sent = settings["rounds"] * settings["participation"] * d
+    return {
+        "algo": settings["algo"],
+        "seed": settings["seed"],
+        "settings": config["hash"],
+        "d": d,
+        **{key: statistics.fmean(row[key] for row in last) for key in last[0] if "_" in key},
+        "averaged": [row["round"] for row in last],
+        "eigenvalue": eigenvalue(federation, sample),
+        "measured_on": len(sample.y),
+        "matching_loss": federation.method.state.get("matching"),
+        "up": federation.bytes_up,
+        "down": federation.bytes_down,
+        "bits": 8 * federation.bytes_up / sent,
+    }
+
+
+def eigenvalue(federation, images):
+    """The largest Hessian eigenvalue of the mean cross-entropy of images, at the global model."""
+    w, apply, n = federation.w, federation.task.apply, len(images.y)
+
+    def share_of(x, y):
+        return lambda v: cross_entropy(apply(v, x), y, reduction="sum") / n
+
+    losses = [share_of(batch.x, batch.y) for batch in images.chunks(100)]
+    return sam.largest_eigenvalue(sam.hessian(losses, w, each=each_of(federation)), w)
+
+
+# ------------------------------------------------------------------------------- the run's folder
+
+
+def first_rank():
+    """Is this the process that writes and prints? Of several under torchrun, it is rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def workplace(folder):
+    """Where this process writes: the run's folder, locked; a temporary one if there is none."""
+    if folder is None or not first_rank():
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another process") from None
+    finally:
+        os.close(handle)
+
+
+def described(settings, images):
+    """The dict of config.json: all that the numbers depend on, a hash of that, and the machine."""
+    labels = {kind: label_of(kind, settings[kind]) for kind in PLACES}
+    files = [Path(label.rpartition(":")[0]) for label in labels.values() if ":" in label]
+    numbers = {
+        "settings": {k: v for k, v in (settings | labels).items() if not changes_seconds(k)},
+        "files": {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()},
+        "data": digest_of(images),
+    }
+    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]
+    label = f"{labels['algo'].rpartition(':')[2]}-s{settings['seed']}"
+    return numbers | {"hash": digest, "label": label, "machine": machine()}
+
+
+def label_of(kind, part):
+    """How a part is written down: by its name, or as FILE.py:NAME."""
+    if isinstance(part, str) or part in parts(kind).values():
+        return part if isinstance(part, str) else name_of(part)
+    return f"{inspect.getsourcefile(part)}:{part.__name__}"
+
+
+def digest_of(images):
+    """A digest of all images and labels: a run is not continued on other data."""
+    digest = hashlib.blake2b(digest_size=8)
+    for some in (images.train, images.val, images.test):
+        digest.update(some.x.cpu().numpy())
+        digest.update(some.y.cpu().numpy())
+    return digest.hexdigest()
+
+
+def machine():
+    """Versions and hardware."""
+    source = b"".join(path.read_bytes() for path in sorted(HERE.glob("[!t]*.py")))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "source": hashlib.sha256(source).hexdigest()[:8],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+    }
+
+
+def agree(path, config):
+    """Write config.json, or ValueError if there is one of another run."""
+    if not path.exists():
+        return write(path, json.dumps(config, indent=1) + "\n")
+    ours, theirs = flat(config), flat(read_json(path))
+    for name in {*ours, *theirs}:
+        if ours.get(name) != theirs.get(name):
+            old, new = theirs.get(name), ours.get(name)
+            raise ValueError(f"{path} is of another run: {name} was {old!r}, and is {new!r} now")
+
+
+def flat(config):
+    """Settings, files and data of a config.json in one dict."""
+    settings, files = config.get("settings"), config.get("files")
+    if not isinstance(settings, dict) or not isinstance(files, dict):
+        raise ValueError("config.json has no settings or files")
+    return settings | files | {name: config.get(name) for name in ("data", "hash")}
+
+
+def write(path, text):
+    """Write a file in one piece: it is there whole, or as it was before."""
+    with open(path.with_name(path.name + ".new"), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def read_json(path):
+    """The dict in a file; ValueError that names the file if it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+CHECKPOINT = ("w", "t", "bytes_up", "bytes_down", "memory", "informed")  # of a Federation
+
+
+def save(place, federation, log, digest, seconds):
+    """Write checkpoint.pt in one piece: what the next rounds depend on, and the log so far."""
+    held = {name: getattr(federation, name) for name in CHECKPOINT}
+    more = {"state": federation.method.state, "log": log, "hash": digest, "seconds": seconds}
+    with open(place / "checkpoint.new", "wb") as file:
+        torch.save(held | more, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, place / "checkpoint.pt")
+
+
+def restore(place, federation, digest):
+    """Go back to checkpoint.pt if there is one: (rows of the log, seconds that the run has taken).
+
+    The checkpoint holds the log, so the two cannot disagree after a kill. ValueError if the file is
+    damaged (torch.load does not look at the checksums in it) or of another run. It loads no code.
+    """
+    path = place / "checkpoint.pt"
+    if not path.exists():
+        return [], 0.0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
+        stored = torch.load(path, map_location=federation.w.device, weights_only=True)
+        if stored["hash"] != digest:
+            raise ValueError("it is of another run")
+        for name in CHECKPOINT:
+            setattr(federation, name, stored[name])
+        federation.method.state = stored["state"]
+        return stored["log"], stored["seconds"]
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path} is of no use: {error}") from None
+
+
+def draw(place, federation, log, label, images):
+    """curve.png, and synthetic.png if the method learnt images."""
+    plots.curve(place / "curve.png", {label: [log]}, label)
+    state = federation.method.state
+    if state.get("X") is not None:
+        plots.grid(place / "synthetic.png", state["X"], state["Y"], images.train)
+
+
+def stored_settings(folder, **given):
+    """The settings of the run in a folder; given: those of the machine may be new.
+
+    A folder is data and never code. If it names a part in a file of the reader's own, that file is
+    imported only if the caller names it again, as in algo="mine.py:M".
+    """
+    settings = read_json(Path(folder) / "config.json").get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder}/config.json has no settings")
+    for kind in PLACES:
+        label = settings.get(kind)
+        if ":" in str(label) and given.get(kind) != label:
+            raise ValueError(
+                f"{folder} uses {label}; to run this code, give {kind} = {label} again"
+            )
+    for name, value in given.items():
+        if not changes_seconds(name) and value != settings.get(name):
+            raise ValueError(f"{name} = {settings.get(name)} comes from the folder, and stays")
+    return settings | given
+
+
+def load(folder, **given):
+    """A run as its folder has it: (Federation, Dataset)."""
+    settings = resolve(**stored_settings(folder, **given))
+    federation, images = compose(settings)
+    restore(Path(folder), federation, described(settings, images)["hash"])
+    return federation, images
+
+
+# -------------------------------------------------------------------------- results, comparisons
+
+SHOWN = {  # on the card and in the table: key of the result, factor, digits
+    "test accuracy %": ("test_acc", 100, 2),
+    "test loss": ("test_loss", 1, 3),
+    "training loss": ("train_loss", 1, 3),
+    "top eigenvalue": ("eigenvalue", 1, 1),
+    "MB up": ("up", 1e-6, 2),
+    "MB down": ("down", 1e-6, 2),
+    "seconds": ("seconds", 1, 0),
+}
+
+
+def card(result, folder):
+    """The result of a run as text."""
+    shown = {n: f"{f * result[key]:.{digits}f}" for n, (key, f, digits) in SHOWN.items()}
+    shown["test accuracy %"] += f"   (mean of rounds {', '.join(map(str, result['averaged']))})"
+    shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
+    if result["matching_loss"] is not None:
+        shown["matching loss"] = f"{result['matching_loss']:.3f}   (1: nothing learnt, 0: all)"
+    shown |= {"settings": result["settings"], "folder": folder}
+    title = f"--- {result['algo']}, seed {result['seed']}, d = {result['d']:,} "
+    return "\n".join([title.ljust(80, "-"), *(f"{n:>16}  {text}" for n, text in shown.items())])
+
+
+def table(results):
+    """Markdown: a line a method, mean ± standard deviation over its seeds."""
+    lines = ["| method | " + " | ".join(SHOWN) + " | runs |", "| --- " * (len(SHOWN) + 2) + "|"]
+    for algo in dict.fromkeys(r["algo"] for r in results):
+        runs, cells = [r for r in results if r["algo"] == algo], []
+        for key, factor, digits in SHOWN.values():
+            values = [factor * r[key] for r in runs]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(runs) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
+        lines.append(f"| {algo} | {' | '.join(cells)} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def listing():
+    """All parts, with what they come from and the first sentence about them."""
+    lines = []
+    for kind in PLACES:
+        lines += ["", f"{kind}:"]
+        for name, part in parts(kind).items():
+            first = (inspect.getdoc(part) or "").split("\n\n")[0].replace("\n", " ")
+            lines.append(f"  {name:20} {first}")
+    return "\n".join(lines[1:])
+
+
+def runs_of(algos, seeds, given):
+    """The runs of a command: {name: settings}. Each run gets those flags that it has a use for.
+
+    `--algo fedavg fedsam --rho 0.05` is fine, although FedAvg has no rho. What no run has is an
+    error.
+    """
+    runs, used = {}, set()
+    for algo in algos:
+        known = {name for part in owners(given | {"algo": algo}) for name in settings_of(part)}
+        mine = {name: value for name, value in given.items() if name in known}
+        used |= set(mine)
+        for seed in range(mine.get("seed", 0), mine.get("seed", 0) + seeds):
+            label = f"{algo.rpartition(':')[2]}-s{seed}"
+            runs[label] = resolve(**mine | {"algo": algo, "seed": seed})
+    for name in set(given) - used:
+        raise ValueError(f"{name} is no setting of this run; {who_has(name, known)}")
+    return runs
+
+
+def compare(folder, runs):
+    """Make the runs {name: settings} in folders of their own, then table.md and curve.png.
+
+    A run that fails does not stop the others. Returns the exit code: 1 if one failed.
+    """
+    results, logs, failed = [], {}, 0
+    for name, settings in runs.items():
         try:
-            results.append(experiment.execute(child, cfg, f"{n + 1}/{len(configs)} {child.name}", made if n == 0 else None))
-        except (loop.Diverged, FloatingPointError) as error:
-            complain(f"{child}: {error}")
+            outcome = experiment(folder and folder / name, **settings)
+            results.append(outcome.result)
+            logs.setdefault(outcome.result["algo"], []).append(outcome.log)
+        except (FloatingPointError, ValueError) as error:
+            complain(f"{name}: {error}")
             failed = 1
-    if results and ranks.rank() == 0:
-        logs = {a: [experiment.read_log(folder / f"{r['algo']}-s{r['seed']}") for r in results if r["algo"] == a] for a in dict.fromkeys(r["algo"] for r in results)}
-        plot.curve(folder / "curve.png", logs, folder.name)
-        experiment.write(folder / "table.md", show.table(results) + "\n")
-        print(show.table(results))
-        print(f"folder {folder}")
+    if results and first_rank():
+        plots.curve(folder / "curve.png", logs, folder.name)
+        write(folder / "table.md", table(results) + "\n")
+        print(table(results), f"folder {folder}", sep="\n")
     return failed
 
 
-# ----------------------------------------------------------------------------------------------------- command line
-def known(name):
-    """The name of a method -> itself; UserError with the closest match if there is none."""
-    if name not in baselines.METHODS:
-        raise experiment.UserError(f"unknown method {name!r}; {config.closest(name, list(baselines.METHODS))}")
-    return name
+# ----------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line with the closest flag, exit code 2."""
+    """argparse, but a mistake is a ValueError that names the closest flag."""
 
-    def print_help(self, file=None):
-        if ranks.rank() == 0:                                                         # once, not once per process of torchrun
-            super().print_help(file)
+    def __init__(self, **more):
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **more)
 
     def error(self, message):
-        flags = [a for action in self._actions for a in action.option_strings]
-        for word in message.replace(":", " ").split():
-            near = difflib.get_close_matches(word, flags, 1, 0.7) if word.startswith("--") and word not in flags else []
-            message += f"; did you mean {near[0]}?" if near else ""
-        raise experiment.UserError(message)
+        known = [flag[2:] for action in self._actions for flag in action.option_strings]
+        unknown = message.partition("unrecognized arguments: --")[2].split(" ")[0]
+        if unknown:
+            message = f"{unknown} is no setting of this run; {who_has(unknown, known)}"
+        raise ValueError(message)
 
 
-def parser():
-    """The command line: one flag per field of Config, and those that are not settings.  Source: config.py."""
-    p = Parser(description="Compressed, sharpness-aware federated learning: FedSynSAM and the methods it is compared with.", allow_abbrev=False)
-    p.add_argument("--algo", nargs="+", default=argparse.SUPPRESS, metavar="METHOD", help=f"one or more of {', '.join(baselines.METHODS)} (default fedsynsam)")
-    p.add_argument("--preset", default=argparse.SUPPRESS, metavar="NAME",
-                   help=f"settings of a published table, which other flags then change: {', '.join(presets.PRESETS)} (presets.py)")
-    p.add_argument("--seeds", type=int, default=argparse.SUPPRESS, metavar="n", help="runs per method: seed, seed+1, ... (default 1)")
-    p.add_argument("--name", help="name of the folder (default: made from method and seed)")
-    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="where folders are made (default runs)")
-    p.add_argument("--resume", type=pathlib.Path, metavar="DIR", help="continue the run or comparison in this folder; its settings are used")
-    p.add_argument("--list", action="store_true", help="print every method with its parent, gradients, bytes, state and source, and stop")
-    p.add_argument("--explain", metavar="METHOD", help="print what a method changes against its parent, and stop")
+def parser(given):
+    """The flags of the parts that are given; a flag that is not used stays absent."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--algo", nargs="+", metavar="METHOD", help="one or more methods")
+    p.add_argument("--seeds", type=int, metavar="n", help="runs a method: seed, seed + 1, ...")
+    p.add_argument("--name", help="name of the folder")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where folders are made (default runs)")
+    p.add_argument("--resume", type=Path, metavar="DIR", help="continue this run or comparison")
+    p.add_argument("--list", action="store_true", help="print all parts")
     p.add_argument("--quick", action="store_true", help="the same job at a tenth of the size")
-    p.add_argument("--experiment", metavar="NAME", help=f"run one of {', '.join(claims.CLAIMS)} (claims.py), or what is left of it, in DIR/experiments")
-    p.add_argument("--tune", metavar="METHOD", help="choose a method's settings on validation images (tune.py), or continue to")
-    p.add_argument("--size", metavar="SIZE", help=f"of --experiment and --tune: {', '.join(study.SIZES)} (default cpu)")
-    p.add_argument("--report", action="store_true", help="rewrite the README's tables from the files of --experiment, and stop")
-    p.add_argument("--results", type=pathlib.Path, default=experiment.HERE / "results", metavar="DIR", help="where experiments keep their results (default results)")
-    for f in dataclasses.fields(Config):
-        if f.name in ("algo", "preset"):
-            continue
-        text = f.metadata["text"] + (f": {', '.join(f.metadata['legal'])}" if f.metadata["legal"] else "") + f" (default {f.default})"
-        flag = "--" + f.name.replace("_", "-")
-        if f.type in (bool, "bool"):
-            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            p.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, metavar=type(f.default).__name__, help=text)
+    done = {"algo"}
+    for algo in given.get("algo", [Run.algo]):
+        for part in owners(given | {"algo": algo}):
+            group = p.add_argument_group(name_of(part))
+            for name, setting in settings_of(part).items():
+                if name not in done:
+                    add_flag(group, name, setting)
+                done.add(name)
     return p
 
 
-def configs_of(args):
-    """All the runs a command line asks for, checked -> list of Config."""
-    algos, seeds = getattr(args, "algo", ["fedsynsam"]), getattr(args, "seeds", 1)
-    for name in algos:
-        known(name)
+def add_flag(group, name, setting):
+    """The flag --NAME of a setting."""
+    flag, text = "--" + name.replace("_", "-"), f"{setting.meaning} (default {setting.default})"
+    words = get_args(setting.type)
+    if setting.type is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif words:
+        group.add_argument(flag, metavar="|".join(words), help=text)
+    else:
+        group.add_argument(flag, type=setting.type, metavar=setting.type.__name__, help=text)
+
+
+def read_command(argv):
+    """The command line as {name: value}, in two steps: which parts, and then their flags."""
+    first = Parser(add_help=False)
+    first.add_argument("--algo", nargs="+")
+    for kind in ("compress", "model", "partition"):
+        first.add_argument("--" + kind)
+    which, _ = first.parse_known_args(argv)
+    return vars(parser(vars(which)).parse_args(argv))
+
+
+def new_folder(root, name, fallback):
+    """A new folder root/name, or root/fallback, root/fallback-2, ...: nothing is overwritten."""
+    if name is not None and Path(name).name != name:
+        raise ValueError(f"name = {name!r} is no plain folder name; --out says where it goes")
+    for n in range(1, 10**6):
+        folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if name:
+                raise ValueError(
+                    f"{folder} exists; choose another --name, or --resume it"
+                ) from None
+
+
+def job_of(given):
+    """What a command asks for: (folder, {name: settings} of its runs, is it a comparison?)."""
+    root, name = given.pop("out", Path("runs")), given.pop("name", None)
+    small, folder = given.pop("quick", False), given.pop("resume", None)
+    algos, seeds = given.pop("algo", [Run.algo]), given.pop("seeds", 1)
+    if folder and (folder / "comparison.json").exists():
+        return folder, read_json(folder / "comparison.json"), True
+    if folder:
+        return folder, {folder.name: stored_settings(folder, **given)}, False
     if not 1 <= seeds <= 1000:
-        raise experiment.UserError(f"seeds = {seeds} is out of range; it must be in 1..1000")
-    if args.name is not None and (pathlib.Path(args.name).name != args.name or len(args.name) > 200):
-        raise experiment.UserError(f"name = {args.name!r} is no plain folder name (use --out DIR for where it goes)")
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name not in ("algo", "preset") and hasattr(args, f.name)}
-    if hasattr(args, "preset") and args.preset not in presets.PRESETS:
-        raise experiment.UserError(f"unknown preset {args.preset!r}; {config.closest(args.preset, list(presets.PRESETS))}")
-    start = {a: presets.fields(args.preset, a) if hasattr(args, "preset") else {} for a in algos}
-    configs = [Config(algo=a, **{**start[a], **given}).check() for a in start]
-    base = configs[0]
-    threads, device = experiment.threads_of(base), experiment.device_of(base).type
-    if base.procs not in (0, ranks.size()):
-        raise experiment.UserError(f"procs = {base.procs}, but this is a group of {ranks.size()}; leave --procs out under torchrun, and elsewhere start "
-                                   f"`python run.py` itself")
-    configs = [dataclasses.replace(c.quick() if args.quick else c, procs=ranks.size(), threads=threads, device=device) for c in configs]
-    return [dataclasses.replace(c, seed=c.seed + s).check() for c in configs for s in range(seeds)]
-
-
-def prepare(args):
-    """Everything that can be wrong with the input is found here, before any work -> (folder, its Configs, is it one run?, the first composed).
-
-    Raises ValueError; for a new run it makes the folder, as the last thing.
-    """
-    if args.resume is not None:
-        extra = sorted(set(vars(args)) - {"resume", "explain", "list", "out", "name", "quick", "experiment", "tune", "size", "report", "results"}) + ["name"] * bool(args.name) + ["quick"] * args.quick
-        if extra:
-            raise experiment.UserError(f"--resume takes all settings from the folder; leave out --{extra[0].replace('_', '-')}")
-        single, configs = experiment.read_settings(args.resume)
-        return args.resume, configs, single, experiment.compose(configs[0])
-    configs = configs_of(args)
-    made = experiment.compose(configs[0])
-
-    def new_folder():
-        if len(configs) == 1:
-            wanted = f"{configs[0].algo}-s{configs[0].seed}", "config.json", experiment.described(configs[0])
-        else:
-            wanted = "comparison", "comparison.json", json.dumps([dataclasses.asdict(c) for c in configs], indent=1) + "\n"
-        return experiment.new_folder(args.out, args.name, *wanted)
-    return ranks.tell(ranks.served(new_folder)), configs, len(configs) == 1, made
-
-
-def investigate(args):
-    """--experiment, --tune or --report: -> what to print. Raises UserError for anything wrong with the command, before any work."""
-    machine = {k: v for k, v in vars(args).items() if k in ("device", "threads", "chunk", "compile", "deterministic", "memory_file", "checkpoint_every")}
-    asked = {"experiment": args.experiment is not None, "tune": args.tune is not None, "report": args.report}
-    extra = [k for k in vars(args) if k not in {"out", "results", "size", *asked, *machine, "explain", "list", "name", "quick", "resume"}]
-    extra += [k for k in ("name", "quick", "resume") if getattr(args, k)] + (["size"] if args.report and args.size else [])
-    if sum(asked.values()) > 1:
-        raise experiment.UserError("--experiment, --tune and --report are three commands; give one of them")
-    if not any(asked.values()):
-        raise experiment.UserError("--size belongs to --experiment or --tune")
-    if ranks.size() > 1 or "procs" in extra:
-        raise experiment.UserError("an experiment works in one process; leave out --procs, and start the same command twice to share its runs")
-    if extra:
-        raise experiment.UserError(f"an experiment sets all settings itself; leave out --{extra[0].replace('_', '-')}")
-    size, root = args.size or "cpu", args.out / "experiments"
-    if size not in study.SIZES:
-        raise experiment.UserError(f"unknown size {size!r}; {config.closest(size, study.SIZES)}")
-    if args.report:
-        names = study.report(experiment.HERE / "README.md", args.results, tuned=tune.table(args.results / "tuned.json"))
-        return f"README.md: {', '.join(names) or 'no marks <!-- NAME -->'}, from {args.results}"
-    if args.tune is not None:
-        known(args.tune)
-        return tune.tune(args.tune, size, root, args.results, tune.command_of("--tune", args.tune, "--size", size), **machine)
-    if args.experiment not in claims.CLAIMS:
-        raise experiment.UserError(f"unknown experiment {args.experiment!r}; {config.closest(args.experiment, list(claims.CLAIMS))}")
-    claim = claims.CLAIMS[args.experiment](size, args.results)
-    return study.keep(claim, study.conduct(claim, root, **machine), tune.command_of("--experiment", claim.name, "--size", size))
+        raise ValueError(f"seeds = {seeds} is out of range; it must be in 1..1000")
+    runs = runs_of(algos, seeds, given)
+    if small:
+        runs = {label: quick(settings) for label, settings in runs.items()}
+    several = len(runs) > 1
+    for settings in list(runs.values())[:1]:
+        compose(settings)  # so that wrong input is found before a folder is made
+    if first_rank():
+        folder = new_folder(root, name, "comparison" if several else next(iter(runs)))
+        if several:
+            write(folder / "comparison.json", json.dumps(runs, indent=1) + "\n")
+    return folder, runs, several
 
 
 def complain(text):
-    """One line for the user, from one process."""
-    if ranks.rank() == 0:
+    """One line for the user."""
+    if first_rank():
         print(f"run.py: {text}", file=sys.stderr)
 
 
 def main(argv=None):
-    """The command, in this process: -> exit code 0, 1 or 2, or 130 after Ctrl-C.  Source: this file's card."""
-    ranks.join()
+    """The command: exit code 0, 1, 2 or 130."""
+    folder = None
     try:
-        return obey(argv)
-    finally:
-        ranks.leave()
-
-
-def obey(argv):
-    """`main` inside a group of processes that it has joined: -> exit code."""
-    try:
-        args = parser().parse_args(argv)
-        if args.list or args.explain is not None:
-            text = show.listing() if args.list else show.explain(known(args.explain))
-            if ranks.rank() == 0:
-                print(text)
+        given = read_command(argv)
+        if "list" in given:
+            print(listing())
             return 0
-        if args.experiment is not None or args.tune is not None or args.report or args.size is not None:
-            print(investigate(args))
-            return 0
-        folder, configs, single, made = prepare(args)
+        folder, runs, several = job_of(given)
+        if several:
+            return compare(folder, runs)
+        (settings,) = runs.values()
+        outcome = experiment(folder, **settings)
+        if first_rank():
+            print(card(outcome.result, folder))
+        return 0
     except ValueError as error:
         complain(error)
         return 2
-    except SystemExit as stop:                                    # argparse, after --help
-        return stop.code or 0
-    except KeyboardInterrupt:
-        complain("interrupted; the same command continues")
-        return 130
-    try:
-        if not single:
-            return compare(folder, configs, made)
-        result = experiment.execute(folder, configs[0], made=made)
-        if ranks.rank() == 0:
-            print(show.card(folder, result))
-        return 0
-    except experiment.UserError as error:                         # a checkpoint that cannot be used
-        complain(error)
-        return 2
-    except (loop.Diverged, FloatingPointError) as error:
-        complain(f"{error} (the log is kept in {folder})")
-        return 1
-    except ranks.Lost as error:                                   # said by every process that is left: the first may be the dead one
-        print(f"run.py: {error}; continue with: python run.py --resume {folder}", file=sys.stderr)
+    except (FloatingPointError, OSError, visits.Lost) as error:
+        complain(f"{error}; continue with: python run.py --resume {folder}")
         return 1
     except KeyboardInterrupt:
         complain(f"interrupted; continue with: python run.py --resume {folder}")
         return 130
-
-
-def command(argv=None):
-    """`main`, in as many processes as the command line (or the folder it resumes) asks for: -> exit code.  Source: ranks.launch."""
-    try:
-        args = parser().parse_args(argv)
-        procs, device = getattr(args, "procs", 0), getattr(args, "device", "auto")
-        if args.experiment is not None or args.tune is not None or args.report:
-            procs = 0                                             # main refuses them, in one line
-        if args.resume is not None:
-            first = experiment.read_settings(args.resume)[1][0]
-            procs, device = first.procs, first.device
-    except (ValueError, SystemExit):
-        procs = 0                                                 # main will say what is wrong, or print the help
-    if procs < 2 or "WORLD_SIZE" in os.environ:
-        return main(argv)
-    try:
-        return ranks.launch(functools.partial(main, argv), procs, gpu=device != "cpu" and torch.cuda.is_available())
-    except ranks.Lost as error:
-        print(f"run.py: {error}; continue with --resume and the folder", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    finally:
+        visits.leave()
 
 
 if __name__ == "__main__":
-    try:
-        code = command()
-        sys.stdout.flush()
-    except BrokenPipeError:                                       # `python run.py --list | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    sys.exit(main())

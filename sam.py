@@ -1,101 +1,142 @@
-"""Sharpness-aware minimisation (SAM): which way is uphill, and how far to climb before reading the gradient.
+"""Sharpness, and what sharpness-aware minimization (SAM) does about it.
 
-SAM looks for a w whose whole neighbourhood has a low loss, min_w max_{||eps|| <= rho} F(w + eps). It climbs from w to
-the rim of a ball of radius rho, reads the gradient there, and takes that gradient as its step at w:
+A minimum is sharp if the loss F rises steeply around it. The Hessian H of F at w [d] measures that:
+its largest eigenvalue is the curvature of F along the steepest direction. H has d^2 entries, too
+many to store, but a product H v costs only about two gradients (`hessian_vector`), and a few dozen
+products give the largest eigenvalue (`largest_eigenvalue`).
 
-    eps = rho u / ||u||            u = the direction believed to be uphill       (`perturb`)
-    w  <- w - eta grad F(w + eps)                                                (`sam_gradient`)
+SAM looks for weights whose whole neighbourhood has a low loss:  min_w  max_{||e|| <= rho} F(w + e).
+A gradient u at w says where the loss rises fastest, so each step takes its gradient there:
 
-Why the direction u is an argument. A client of a federation wants to flatten the GLOBAL loss F = mean_i F_i, but at its
-own point w it can only see F_i. What it takes for u is what separates the methods:
+    e = rho u / ||u||             u [d]: the ascent direction            Foret et al. 2021, eq. (2)
+    w <- w - lr grad F(w + e)                                            Foret et al. 2021, eq. (3)
 
-    FedSAM      its own mini-batch gradient: uphill for F_i, which under skewed data may be downhill for F
-    FedLESAM    minus the last move of the global model: global, but old, and blurred by compression
-    FedSynSAM   a mixture of its own gradient and the gradient on synthetic data distilled from the global trajectory
+In federated learning the loss that should become flat is the global one, F = mean_i F_i, but a
+client can only differentiate its own F_i. Methods differ in what they take for u:
 
-What else can be changed is the shape of the ball (`perturb_adaptive`) and what of the gradient counts: GCSAM takes out of
-every weight's gradient its mean over all but the output dimension (`centralise`, `perturb_centralised`).
+    FedSAM      the client's own gradient: it increases F_i, and may decrease F
+    FedLESAM    the way back to the model that the client received last time: global, but old, and
+                made of updates that were compressed
+    FedSynSAM   a gradient on synthetic data, which the server learnt from the model's trajectory
 
-Sources: SAM, Foret et al. 2021, eq. (2)-(3); ASAM, Kwon et al. 2021; GCSAM, Hassan et al. 2025 (arXiv 2501.11584); FedSynSAM,
-arXiv 2602.11584.
-Read next: synth.py (where the synthetic data come from).
+Sources: SAM, Foret et al. 2021. Hessian-vector products, Pearlmutter 1994. Lanczos iteration with
+full reorthogonalisation, Golub and Van Loan, chapter 10.
 """
+
 import torch
 
-TINY = 1e-12                     # guards 0 / 0: a zero direction moves nothing
+TINY = 1e-12  # a direction of zeros moves nothing, instead of 0 / 0
+
+# ------------------------------------------------------------------------------- the ascent step
+
+
+def unit(u):
+    """u / ||u||, and 0 for u = 0.   u [d] -> [d]"""
+    return u / u.norm().clamp_min(TINY)
 
 
 def perturb(w, direction, rho):
-    """Climb from w to the rim of the ball: w + rho u / ||u||, one global l2 norm over all coordinates.
+    """The perturbed point w + rho u / ||u||.   w [d], direction u [d], rho >= 0 -> [d]
 
-    w [d], direction u [d], rho >= 0 -> [d].  The move has length rho (0 if u = 0).  Source: Foret et al. 2021, eq. (2).
+    One l2 norm over all coordinates. (FedLESAM's released code divides by the sum of the layers'
+    norms instead, which moves w by as little as rho / 8 in a resnet18.)
     """
     return w + direction * (rho / direction.norm().clamp_min(TINY))
 
 
-def perturb_adaptive(w, direction, rho, eta=0.01, scaled=None):
-    """ASAM's climb: rho T^2 u / ||T u|| with T = |w| + eta, so that a rescaled but equal network climbs equally.
+def blend(own, other, weight):
+    """Two directions by their unit vectors: (1 - weight) own + weight other.   [d], [d] -> [d]
 
-    w [d], direction u [d], scaled [d] bool (where T applies; elsewhere, e.g. for biases, T = 1; None: everywhere) -> [d].
-    With T = 1 this is `perturb`. rho is not comparable with SAM's.  Source: Kwon et al. 2021.
+    The raw gradients would not do: the one with the larger norm would decide alone.
     """
-    T = w.abs() + eta
-    if scaled is not None:
-        T = torch.where(scaled, T, 1)
-    return w + T * T * direction * (rho / (T * direction).norm().clamp_min(TINY))
+    return (1 - weight) * unit(own) + weight * unit(other)
 
 
-def centralise(g, shapes):
-    """Gradient centralisation: every parameter with more than one dimension minus its mean over all dimensions but the first.
+# --------------------------------------------------------------------------- how sharp is a point
 
-    g [d], shapes of the parameters in w (models.Model) -> [d].  A convolution lies in w as OHWI: output channel first all the same,
-    so one row of `view(outputs, -1)` is what is averaged. A linear projection: applied twice it is applied once.
-    Source: Hassan et al. 2025 (GCSAM), after Yong et al. 2020.
+
+def gradient_graph(loss, w):
+    """The gradient of loss(w) [d] with its graph, and the copy of w [d] that it depends on."""
+    w = w.detach().requires_grad_()
+    return torch.autograd.grad(loss(w), w, create_graph=True)[0], w
+
+
+def graph_times(graph, v):
+    """H v = grad <grad F, v>, from a `gradient_graph`, which can be used again.   v [d] -> [d]"""
+    gradient, w = graph
+    return torch.autograd.grad(gradient @ v, w, retain_graph=True)[0]
+
+
+def hessian_vector(loss, w, v):
+    """H v, where H is the Hessian of loss at w [d].   v [d] -> [d]"""
+    return graph_times(gradient_graph(loss, w), v)
+
+
+def hessian(losses, w, memory=2**30, each=map):
+    """The Hessian of a sum of losses at w [d], as a function v [d] -> H v [d].
+
+    losses: functions of w, one for each chunk of images. The graph of a gradient does not depend on
+    v. Those of as many chunks as fit into `memory` bytes are kept, which halves the time of a
+    product. each: `map`, or that of a thread pool.
     """
-    parts = []
-    for p, shape in zip(g.split([torch.Size(s).numel() for s in shapes]), shapes):
-        if len(shape) > 1:
-            p = p.view(shape[0], -1)
-            p = (p - p.mean(1, keepdim=True)).view(-1)
-        parts.append(p)
-    return torch.cat(parts)
+    keep = memory // graph_bytes(losses[0], w)
+    graphs = list(each(lambda loss: gradient_graph(loss, w), losses[:keep]))
+
+    def chunk_times(k, v):
+        return graph_times(graphs[k], v) if k < keep else hessian_vector(losses[k], w, v)
+
+    return lambda v: sum(each(lambda k: chunk_times(k, v), range(len(losses))))
 
 
-def perturb_centralised(w, direction, rho, shapes, norm_first=False):
-    """GCSAM's climb, along C u = `centralise` of u: w + rho C u / ||C u||, or w + rho C u / ||u|| if norm_first.
+def graph_bytes(loss, w):
+    """How much memory a `gradient_graph` holds, at least 1."""
+    sizes = {}
 
-    w [d], direction u [d], rho >= 0 -> [d].  The move has length rho; with norm_first at most rho, since C only shortens.
-    Source: Hassan et al. 2025 (GCSAM): the first is its formula, the second its released code.
+    def note(x):
+        storage = x.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return x.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        gradient_graph(loss, w)
+    return max(1, sum(sizes.values()))
+
+
+def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
+    """The largest eigenvalue of a symmetric matrix, given as a function v [d] -> H v [d].
+
+    Lanczos iteration: q_0, q_1, ... is an orthonormal basis of span{v, H v, H^2 v, ...}, and in
+    this basis H is a tridiagonal matrix T. The largest eigenvalue of T tends to that of H. It stops
+    when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs to it. A weaker
+    rule, which looks at the value alone, may stop before the largest one has come up.
+    like [d] gives type and device of v.
+
+    "Largest" respects the sign: -3 is smaller than 1. PyHessian's power iteration reports the
+    largest |eigenvalue| instead. The two differ where the most negative eigenvalue has the larger
+    magnitude, as it may at random initial weights.
     """
-    u = centralise(direction, shapes)
-    return w + u * (rho / (direction if norm_first else u).norm().clamp_min(TINY))
+    steps = min(steps, len(like))
+    q = unit(torch.randn(len(like), generator=torch.Generator().manual_seed(seed)).to(like))
+    basis, diagonal, off_diagonal = q.new_empty(steps, len(q)), [], []
+    for j in range(steps):
+        basis[j] = q
+        r = times(q)
+        diagonal.append(q @ r)
+        for _ in range(2):  # twice is enough; without it, rounding destroys the orthogonality
+            r = r - basis[: j + 1].T @ (basis[: j + 1] @ r)
+        off_diagonal.append(r.norm())
+        values, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal[:-1]))
+        residual = off_diagonal[-1] * vectors[-1, -1].abs()
+        if residual <= tolerance * values[-1].abs():
+            break
+        q = r / off_diagonal[-1]
+    return float(values[-1])
 
 
-def sam_gradient(grad, w, direction, rho):
-    """The gradient that SAM descends: grad F at the rim, uphill from w along the direction.
-
-    grad: [d] -> [d], w [d], direction [d] (or None: stay at w), rho >= 0 -> [d].  On F = w'Aw/2 with direction Aw it is
-    A (w + rho Aw/||Aw||).  w itself is never changed, so nothing has to be restored.  Source: Foret et al. 2021, eq. (3).
-    """
-    return grad(w if direction is None else perturb(w, direction, rho))
-
-
-def unit(u):
-    """u / ||u||: [d] -> [d], the zero vector stays zero.  Source: definition."""
-    return u / u.norm().clamp_min(TINY)
-
-
-def mix_directions(own, synthetic, mix, normalise):
-    """FedSynSAM's direction: u = (1 - mix) g_own + mix g_syn, of the raw gradients or of their unit vectors.
-
-    own [d], synthetic [d], mix in [0, 1], normalise True for unit vectors -> [d].  mix = 0 is FedSAM's direction.
-    Source: the mixture is this project's reading of FedSynSAM (arXiv 2602.11584, abstract); which form, it leaves open.
-    """
-    if normalise:
-        own, synthetic = unit(own), unit(synthetic)
-    return (1 - mix) * own + mix * synthetic
-
-
-def cosine(a, b):
-    """How well two directions agree: <a, b> / (||a|| ||b||), [d], [d] -> number in [-1, 1].  Source: definition."""
-    return float(torch.dot(unit(a), unit(b)))
+def tridiagonal(diagonal, off_diagonal):
+    """The symmetric tridiagonal matrix with these numbers, in float64.   [n], [n - 1] -> [n, n]"""
+    T = torch.diag(torch.stack(diagonal))
+    if off_diagonal:
+        off = torch.stack(off_diagonal)
+        T = T + torch.diag(off, 1) + torch.diag(off, -1)
+    return T.double()

@@ -1,0 +1,550 @@
+"""Claims of papers, each as an experiment whose rules were written before its runs.
+
+    python -m lab.claims accuracy --size quick | cpu | gpu
+
+quick says whether it works; cpu takes about half an hour on two cores; gpu is the full form, three
+data sets with three networks. The command may be stopped and given again, and given twice at once
+to share the runs (study.py). It writes results/NAME.json and results/NAME.png and prints the table,
+all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
+
+    sharpness    compression makes the global landscape sharper, more so when clients differ
+    alignment    own gradient and last update mis-estimate the global one, synthetic data do not
+    accuracy     under compression FedSynSAM generalises better than its rivals
+    hyper        FedSynSAM is robust to its settings
+    fedsynth     synthetic data are worth their bytes, against random masking
+    gradalign    displacement makes clients' gradients agree and helps accuracy
+    man          penalising activation norms lowers the top eigenvalue and raises accuracy
+    oracle       how much is there to gain from the true global direction?
+
+A claim says which arms are run (`arms`), what is measured besides accuracy, losses, bytes and
+eigenvalue (`measures`, `watch`), and which arm minus which arm should have which sign (`rules`). A
+verdict holds for these images, networks and rounds, and no more than that.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import run
+from lab import figures, study, tune, verdicts
+from lab.verdicts import Rule, Value
+
+UPLINKS = {
+    "none": {"compress": "identity"},
+    "4 bits": {"compress": "qsgd", "levels": 7},
+    "2 bits": {"compress": "qsgd", "levels": 1},
+    "top 10 %": {"compress": "topk", "k": 0.1},
+    "top 5 %": {"compress": "topk", "k": 0.05},
+    "top 1 %": {"compress": "topk", "k": 0.01},
+}
+SPLITS = {"IID": {"partition": "iid"}, "Dir 0.6": {"alpha": 0.6}, "Dir 0.1": {"alpha": 0.1}}
+
+
+class Claim:
+    """A claim at one size; a subclass says what it claims, and how that is tested.
+
+    says, refuted: the claim, and what would refute it. source: whose claim. columns of its table,
+    panels of its figure: names in verdicts.MEASURES. results: the folder of tuned.json.
+    """
+
+    says = refuted = source = ""
+    columns = ("accuracy", "train_loss", "eigenvalue")
+    panels = ("accuracy", "eigenvalue")
+
+    def __init__(self, size="cpu", results=run.HERE / "results"):
+        self.size, self.results, self.name = size, results, type(self).__name__.lower()
+        self.seeds = 1 if size == "quick" else 3
+
+    def tasks(self):
+        """{task: settings that all arms share}"""
+        return study.TASKS[self.size]
+
+    def arms(self, task):
+        """{label: settings of this arm}"""
+        raise NotImplementedError
+
+    def measures(self, seed):
+        """What is measured at the end of a run: {name in measures.MEASURES: arguments}."""
+        return {}
+
+    def watch(self, task):
+        """What is measured during a run: {"every": rounds, "names": [...]}, or None."""
+        return None
+
+    def derive(self, table):
+        """The table of a task with what a row cannot know alone, in new columns."""
+        return table
+
+    def rules(self, table):
+        """All comparisons: a list of verdicts.Rule."""
+        raise NotImplementedError
+
+    def baseline(self, arm):
+        """The label of FedAvg's arm that this arm is compared with in the figure of all claims."""
+        return "fedavg"
+
+    def on_cpu(self, **settings):
+        """These settings at the size cpu, none at the others."""
+        return settings if self.size == "cpu" else {}
+
+
+def rule(about, first, second, measure, sign=1, margin=0.0):
+    """first minus second, both arms, of the same measure."""
+    return Rule(about, Value(first, measure), Value(second, measure), sign, margin)
+
+
+def arms_of(table):
+    """The labels of a table, each once."""
+    return list(dict.fromkeys(table.arm))
+
+
+class Sharpness(Claim):
+    """FedAvg's model against compression and skew, at equal rounds and at equal training loss."""
+
+    says = "Compression makes the global landscape sharper, and more so the more the clients differ"
+    source = "FedSynSAM, arXiv 2602.11584"
+    refuted = (
+        "the top eigenvalue with compression is below that without it at equal training loss, or "
+        "its excess is smaller at Dir 0.1 than IID"
+    )
+    columns = (*Claim.columns, "excess", "trace", "sam")
+    panels = ("eigenvalue", "excess", "trace")
+
+    def arms(self, task):
+        own = {"algo": "fedavg"} | self.on_cpu(rounds=36, measure_images=500)
+        pairs = [(s, u) for s in SPLITS for u in UPLINKS if u != "top 5 %"]
+        return {f"{s}, {u}": own | SPLITS[s] | UPLINKS[u] for s, u in pairs}
+
+    def watch(self, task):
+        return {"every": {"quick": 1, "cpu": 6, "gpu": 50}[self.size], "names": ["eigenvalue"]}
+
+    def measures(self, seed):
+        plane = {"plane": {"points": 21}} if seed == 0 else {}  # 441 losses
+        return {"trace": {}, "sam": {}, "slice": {}} | plane
+
+    def baseline(self, arm):
+        return f"{arm.split(', ')[0]}, none"
+
+    def derive(self, table):
+        return table.assign(excess=study.excess(table, self.baseline))
+
+    def rules(self, table):
+        lossy = [a for a in arms_of(table) if not a.endswith(", none")]
+        equal = "minus without compression"
+        skew = "at Dir 0.1 minus IID"
+        found = [rule(equal, a, self.baseline(a), "excess") for a in lossy]
+        worst = [a for a in lossy if a.startswith("Dir 0.1")]
+        found += [rule(skew, a, a.replace("Dir 0.1", "IID"), "excess") for a in worst]
+        for measure in ("eigenvalue", "trace", "sam", "train_loss"):
+            about = "at equal rounds, minus without compression"
+            found += [rule(about, a, self.baseline(a), measure, 0) for a in lossy]
+        return found
+
+
+class Alignment(Claim):
+    """Cosines to the true global gradient at the clients' own points, along steps and rounds.
+
+    The trajectory is FedAvg's, with a synthesis that nothing uses (DynaFed without server epochs),
+    so that all estimates are asked at the same points. A run's number is the mean over the rounds
+    measured after the synthesis.
+    """
+
+    says = (
+        "A client's own gradient and the previous update mis-estimate the global perturbation, "
+        "the latter more under compression; synthetic data estimate it well"
+    )
+    source = "FedSynSAM, arXiv 2602.11584"
+    refuted = (
+        "the synthetic gradient's cosine to the global one is below that of the own gradient or of "
+        "the last move, or compression raises the last move's cosine"
+    )
+    columns = (*(f"cos_{name}" for name in study.COSINES), "accuracy")
+    panels = ("cos_own", "cos_last_move", "cos_synthetic")
+
+    def arms(self, task):
+        own = {"algo": "dynafed", "finetune_epochs": 0}
+        own |= self.on_cpu(rounds=40, measure_images=800)
+        splits, uplinks = ("Dir 0.6", "Dir 0.1"), ("none", "4 bits", "2 bits", "top 5 %")
+        pairs = [(s, u) for s in splits for u in uplinks]
+        return {f"{s}, {u}": own | SPLITS[s] | UPLINKS[u] for s, u in pairs}
+
+    def watch(self, task):
+        every = {"quick": 1, "cpu": 5, "gpu": 50}[self.size]
+        return {"every": every, "names": ["eigenvalue", "alignment"]}
+
+    def measures(self, seed):
+        return {"along": {}}
+
+    def baseline(self, arm):
+        return f"{arm.split(', ')[0]}, none"
+
+    def rules(self, table):
+        arms, found = arms_of(table), []
+        for name, about in (("own", "the own gradient"), ("last_move", "the last move")):
+            for arm in arms:
+                pair = Value(arm, "cos_synthetic"), Value(arm, "cos_" + name)
+                found.append(Rule(f"cosine of the synthetic gradient minus that of {about}", *pair))
+        for arm in arms:
+            pair = Value(arm, "cos_last_move"), Value(arm, "cos_last_uncompressed")
+            if not arm.endswith("none"):
+                about = "cosine of the last move minus that of the same move uncompressed"
+                found.append(Rule(about, *pair, sign=-1))
+        return found
+
+
+class Accuracy(Claim):
+    """FedSynSAM and its rivals at 2 bits, each with its own tuned settings.
+
+    Run `python -m lab.tune METHOD --size SIZE` for every method first; the labels say what was
+    used.
+    """
+
+    says = (
+        "Under compression FedSynSAM generalises better than FedAvg, FedSAM, FedLESAM, DynaFed, "
+        "FedSMOO and FedGAMMA"
+    )
+    source = "FedSynSAM, arXiv 2602.11584"
+    refuted = "one of them has a higher test accuracy and none a lower one"
+    columns = (*Claim.columns, "at_equal_bytes", "test_loss", "val_accuracy", "mb_up", "mb_down")
+    methods = ("fedavg", "fedsam", "fedlesam", "dynafed", "fedsmoo", "fedgamma", "fedsynsam")
+
+    def arms(self, task):
+        found = {}
+        for algo in self.methods:
+            chosen = tune.winner(self.results / "tuned.json", self.size, task, algo)
+            words = tune.words(chosen) if chosen else "not tuned"
+            found[f"{algo} ({words})"] = {"algo": algo} | UPLINKS["2 bits"] | (chosen or {})
+        return found
+
+    def baseline(self, arm):
+        return "fedavg ("  # and how it was tuned
+
+    def derive(self, table):
+        return table.assign(at_equal_bytes=study.at_equal_bytes(table))
+
+    def rules(self, table):
+        name = {arm.split(" (")[0]: arm for arm in arms_of(table)}
+        rivals, found = [name[a] for a in self.methods[:-1] if a in name], []
+        shown = dict.fromkeys(("at_equal_bytes", "eigenvalue", "test_loss"), 0)
+        for measure, sign in ({"accuracy": 1} | shown).items():
+            about = "FedSynSAM minus its rival"
+            found += [rule(about, name["fedsynsam"], other, measure, sign) for other in rivals]
+        for measure in ("accuracy", "at_equal_bytes", "test_loss"):
+            about = "rival minus FedAvg"
+            found += [rule(about, x, name["fedavg"], measure, 0) for x in rivals[1:]]
+        return found
+
+
+class Hyper(Claim):
+    """FedSynSAM with one setting at a time changed from its default; mix = 0 is FedSAM."""
+
+    says = "FedSynSAM is robust to its settings"
+    source = "FedSynSAM, arXiv 2602.11584; which settings, and how far, is this project's choice"
+    refuted = "one change of one setting lowers test accuracy by more than 1 point"
+    changes = {
+        "quick": {"rho": (0.2,), "mix": (1.0,)},
+        "cpu": {
+            "rho": (0.05, 0.2),
+            "mix": (0.0, 1.0),
+            "warmup": (5, 20),
+            "ipc": (1, 5),
+            "resynthesize": (5, 10),
+        },
+        "gpu": {
+            "rho": (0.02, 0.05, 0.2, 0.5),
+            "mix": (0.0, 0.25, 0.75, 1.0),
+            "warmup": (10, 50, 100),
+            "ipc": (1, 5, 30),
+            "resynthesize": (25, 50),
+        },
+    }
+
+    def arms(self, task):
+        rounds = self.on_cpu(rounds=30)
+        own = {"algo": "fedsynsam"} | rounds
+        found = {"fedavg": {"algo": "fedavg"} | rounds, "default": own}
+        for name, several in self.changes[self.size].items():
+            for value in several:
+                if value != self.tasks()[task].get(name):
+                    found[f"{name} {value:g}"] = own | {name: value}
+        return found
+
+    def rules(self, table):
+        changed = [a for a in arms_of(table) if a not in ("fedavg", "default")]
+        about = "minus the default"
+        found = [rule(about, a, "default", "accuracy", 1, margin=1.0) for a in changed]
+        return [*found, rule("the default minus FedAvg", "default", "fedavg", "accuracy", 0)]
+
+
+class FedSynth(Claim):
+    """FedSynth with both objectives against random masking of equal bytes, top-k and QSGD.
+
+    On a CPU a small mlp: a client's learning costs gradients through gradients.
+    """
+
+    says = (
+        "At equal bytes, synthetic data sent in place of an update are comparable to or better "
+        "than random masking"
+    )
+    source = "FedSynth, Hu et al. 2022"
+    refuted = (
+        'FedSynth (objective "data") has a test accuracy more than 1 point below that of random '
+        "masking at the same bytes; comparable is: less than 1 point below"
+    )
+    columns = ("accuracy", "message", "train_loss", "seconds")
+    panels = ("accuracy",)
+    batches = {"quick": (1, 4), "cpu": (1, 4), "gpu": (1, 4, 16)}
+
+    def arms(self, task):
+        small = self.on_cpu(model="mlp", rounds=20, alpha=0.6)
+        plain = {"algo": "fedavg"} | small
+        found = {"none": plain | UPLINKS["none"]}
+        for batches in self.batches[self.size]:
+            size, learnt = self.message(task, batches), {"fs_batches": batches}
+            for objective in ("data", "update"):
+                own = {"algo": "fedsynth", "fs_objective": objective} | learnt | small
+                found[f"FedSynth {objective}, {size:,} bytes"] = own
+            masking = {"compress": "randk", "scaled": False, "k": float((size - 12) // 4)}
+            place = 7 if self.size == "gpu" else 6  # bytes of a float and of its place
+            top = {"compress": "topk", "k": float((size - 4) // place)}
+            found[f"random masking, {size:,} bytes"] = plain | masking
+            found[f"top-k, {size:,} bytes"] = plain | top
+        return found | {f"QSGD, {u}": plain | UPLINKS[u] for u in ("2 bits", "4 bits")}
+
+    def message(self, task, batches, images=4):
+        """Bytes of FedSynth's message: images (8 bits), labels, step size, range, checksum."""
+        dataset = self.tasks()[task].get("dataset", "bundled")
+        shape = 3 * 32 * 32 if dataset.startswith("cifar") else 28 * 28
+        classes = 100 if dataset == "cifar100" else 10
+        return batches * images * (shape + 4 * classes) + 16
+
+    def baseline(self, arm):
+        return "none"
+
+    def rules(self, table):
+        found = []
+        for arm in arms_of(table):
+            if arm.startswith("FedSynth"):
+                kind, size = arm.split(", ", 1)
+                judged = {"sign": 1, "margin": 1.0} if kind.endswith("data") else {"sign": 0}
+                about = "minus random masking at equal bytes"
+                found.append(rule(about, arm, f"random masking, {size}", "accuracy", **judged))
+        return found
+
+
+class GradAlign(Claim):
+    """Disagreement r of ALL clients' full gradients, and accuracy, against beta and batch size.
+
+    The uplink is not compressed, as in the papers. Which beta is compared is chosen on validation
+    images.
+    """
+
+    says = (
+        "The displacement makes the clients' gradients agree and improves accuracy, at large batch "
+        "too"
+    )
+    source = "GradAlign and FedGA, Dandi et al. 2022"
+    refuted = (
+        "with the beta that is best on validation images, r is above FedAvg's, or test accuracy is "
+        "below FedAvg's, at either batch size"
+    )
+    columns = ("accuracy", "val_accuracy", "r", "train_loss", "eigenvalue", "mb_up")
+    panels = ("accuracy", "r", "eigenvalue")
+    betas = (0.025, 0.1, 0.4)
+    batches = {
+        "quick": {20: {"batch": 20}, 100: {"batch": 100}},
+        "cpu": {20: {"batch": 20, "local_steps": 20}, 100: {"batch": 100, "local_steps": 8}},
+        "gpu": {50: {"batch": 50}, 500: {"batch": 500}},
+    }
+
+    def arms(self, task):
+        methods = {"fedavg": {"algo": "fedavg"}}
+        for beta in self.betas:
+            methods[f"fedga, beta {beta:g}"] = {"algo": "fedga", "beta": beta}
+        methods |= {"fedprox": {"algo": "fedprox"}, "scaffold": {"algo": "scaffold"}}
+        found = {}
+        for batch, own in self.batches[self.size].items():
+            for label, settings in methods.items():
+                found[f"{label}, batch {batch}"] = UPLINKS["none"] | own | settings
+        return found
+
+    def measures(self, seed):
+        return {"disagreement": {}}
+
+    def baseline(self, arm):
+        return f"fedavg, {arm.split(', ')[-1]}"
+
+    def rules(self, table):
+        found, shown = [], []
+        for batch in dict.fromkeys(arm.split(", ")[-1] for arm in arms_of(table)):
+            plain = f"fedavg, {batch}"
+            tried = [a for a in arms_of(table) if a.startswith("fedga") and a.endswith(batch)]
+            means = [table.val_accuracy[table.arm == arm].mean() for arm in tried]
+            best = tried[int(np.nanargmax(means))] if np.isfinite(means).any() else tried[0]
+            about = "FedGA minus FedAvg, with the beta best on validation images"
+            found += [rule(about, best, plain, m, s) for m, s in (("r", -1), ("accuracy", 1))]
+            others = [a for a in arms_of(table) if a.endswith(batch) and a not in (plain, best)]
+            for measure in ("r", "accuracy", "eigenvalue"):
+                shown += [rule("the others minus FedAvg", a, plain, measure, 0) for a in others]
+        return found + shown
+
+
+class Man(Claim):
+    """Top eigenvalue, trace, accuracy and the time of a local step with and without MAN.
+
+    The Hessian is that of plain cross-entropy, without MAN's term. Time is CPU time.
+    """
+
+    says = (
+        "Penalising activation norms lowers the top Hessian eigenvalue and raises test accuracy, "
+        "whatever the method"
+    )
+    source = "MAN, arXiv 2512.08314"
+    refuted = "for some method the eigenvalue is higher or the accuracy lower with it"
+    columns = (*Claim.columns, "test_loss", "trace", "step_ms")
+    methods = ("fedavg", "feddyn", "fedsam", "fedsynsam")
+
+    def arms(self, task):
+        pairs = [
+            (m, w, zeta) for m in self.methods for w, zeta in (("without", 0.0), ("with", 0.15))
+        ]
+        return {f"{m} {word} MAN": {"algo": m, "man": zeta} for m, word, zeta in pairs}
+
+    def measures(self, seed):
+        return {"trace": {}, "step": {}}
+
+    def baseline(self, arm):
+        return "fedavg without MAN"
+
+    def rules(self, table):
+        found = []
+        signs = {"eigenvalue": -1, "accuracy": 1, "test_loss": 0, "trace": 0, "step_ms": 0}
+        for measure, sign in signs.items():
+            for m in self.methods:
+                pair = f"{m} with MAN", f"{m} without MAN"
+                found.append(rule("with MAN minus without it", *pair, measure, sign))
+        return found
+
+
+class Oracle(Claim):
+    """FedAvg, every estimate of the global direction, and the oracle that knows it.
+
+    All at the defaults, one rho and one learning rate for all.
+    """
+
+    says = (
+        "Knowing the true global direction raises test accuracy over FedAvg under compression, so "
+        "there is something for estimators to gain"
+    )
+    source = "this project"
+    refuted = "the oracle's test accuracy is below FedAvg's"
+    columns = (*Claim.columns, "test_loss", "seconds")
+
+    def arms(self, task):
+        found = {
+            "fedavg": {"algo": "fedavg"},
+            "fedsam": {"algo": "fedsam"},
+            "fedlesam": {"algo": "fedlesam"},
+            "fedlesam-server": {"algo": "fedlesam-server"},
+            "fedsynsam (mix 0.5)": {"algo": "fedsynsam"},
+            "fedsynsam (mix 1)": {"algo": "fedsynsam", "mix": 1.0},
+            "oracle": {"algo": "oracle"} | self.on_cpu(oracle_images=200),
+        }
+        return {label: UPLINKS["2 bits"] | own for label, own in found.items()}
+
+    def rules(self, table):
+        others = [a for a in arms_of(table) if a not in ("fedavg", "oracle")]
+        found = [rule("the oracle minus FedAvg", "oracle", "fedavg", "accuracy")]
+        for measure in ("accuracy", "eigenvalue", "test_loss"):
+            about = "an estimate minus FedAvg"
+            arms = others if measure == "accuracy" else [*others, "oracle"]
+            found += [rule(about, a, "fedavg", measure, 0) for a in arms]
+        return found
+
+
+CLAIMS = {
+    claim.__name__.lower(): claim
+    for claim in (Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle)
+}
+
+
+def tables(claim, part):
+    """The tables of a stored size: {task: DataFrame with all that the rules need}."""
+    table = study.frame(part["rows"], part["defaults"])
+    return {task: claim.derive(rows) for task, rows in table.groupby("task", sort=False)}
+
+
+def judged(claim, table):
+    """The comparisons of a claim, and its verdict: (DataFrame, word)."""
+    found = verdicts.compare(table, claim.rules(table))
+    return found, verdicts.verdict(found.outcome[found.sign != 0])
+
+
+def told(claim, part):
+    """The tables of a stored size, all comparisons and the verdicts, in Markdown."""
+    text = []
+    for task, table in tables(claim, part).items():
+        found, word = judged(claim, table)
+        text += [f"{task}\n"] if task else []
+        text += [verdicts.arms_text(table, claim.columns), f"**{word}.**"]
+        text += [verdicts.comparisons_text(found)]
+    return "\n\n".join(text)
+
+
+def keep(claim, rows, command):
+    """Write results/NAME.json -> the part of this size."""
+    machines = {json.dumps(row.get("machine")): row.get("machine") for row in rows}
+    part = {"claim": claim.says, "source": claim.source, "refuted_by": claim.refuted}
+    part |= {"command": command, "machines": [m for m in machines.values() if m]}
+    part["defaults"] = run.resolve()
+    part["rows"] = [{k: v for k, v in row.items() if k != "machine"} for row in rows]
+    study.store(claim.results / f"{claim.name}.json", claim.size, part)
+    return part
+
+
+def draw(claim, part):
+    """Write results/NAME.png, a figure for each task."""
+    for task, table in tables(claim, part).items():
+        path = claim.results / figures.file_name(claim.name, task)
+        figures.draw_claim(path, claim, table, *judged(claim, table))
+
+
+def stored_claims(results):
+    """All claims with stored rows: {name: (claim at its largest size, its part)}."""
+    found = {}
+    for name, kind in CLAIMS.items():
+        if (results / f"{name}.json").exists():
+            size, part = study.stored(results / f"{name}.json")
+            found[name] = kind(size, results), part
+    return found
+
+
+def main(argv=None):
+    """The command: exit code 0, 2, or 130 if interrupted."""
+    p = run.Parser(prog="python -m lab.claims", description=__doc__.split("\n")[0])
+    p.add_argument("name", choices=CLAIMS)
+    p.add_argument("--size", choices=study.SIZES, default="cpu")
+    p.add_argument("--out", type=Path, default=Path("runs/lab"), help="where runs are kept")
+    p.add_argument("--results", type=Path, default=run.HERE / "results")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    try:
+        given = p.parse_args(argv)
+        claim = CLAIMS[given.name](given.size, given.results)
+        rows = study.conduct(claim, given.out, threads=given.threads)
+        command = f"python -m lab.claims {claim.name} --size {claim.size}"
+        part = keep(claim, rows, command)
+        draw(claim, part)
+    except (ValueError, OSError) as error:
+        print(f"lab.claims: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lab.claims: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    print(told(claim, part))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

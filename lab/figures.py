@@ -1,0 +1,319 @@
+"""Figures of stored rows, and of two models side by side.
+
+    python -m lab.figures                        results/*.png: every claim's own, all claims on one
+                                                 page (overview.png), a pair of landscapes
+    python -m lab.figures landscape A B          the landscapes of the runs in the folders A and B
+
+Every bar is a 95 % t-interval over the seeds (verdicts.py). seaborn's own bar is a bootstrap, which
+at three seeds is far too short. Small dots are single seeds. The bars of two arms may overlap
+although their paired difference is significant, since the arms share their seeds; so the
+comparisons have a panel of their own.
+
+Landscapes are filter-normalised (measures.py), with the same seeds for both models, and drawn on
+the same scale: what differs in the picture differs in the models.
+"""
+
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+import run
+from lab import measures, verdicts
+from lab.verdicts import MEASURES, Value
+
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#808080"  # Okabe-Ito: also for colour-blind readers
+OUTCOMES = {1: BLUE, -1: RED, 0: GREY}
+STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
+plt.switch_backend("agg")  # no screen is needed
+
+
+def file_name(name, task=""):
+    """The file of a claim's figure for a task."""
+    return re.sub(r"[^\w.-]+", "_", f"{name} {task}".strip()) + ".png"
+
+
+def t_bar(x):
+    """The t-interval of x as (low, high), as seaborn's `errorbar` wants it."""
+    return verdicts.interval(x)[1:]
+
+
+# --------------------------------------------------------------------------------- a claim's figure
+
+
+def draw_claim(path, claim, table, found, word):
+    """A claim's figure: some measures of every arm, and all judged comparisons."""
+    judged = found[found.sign != 0]
+    rows, wide = max(table.arm.nunique(), len(judged)), len(claim.panels)
+    ratios = [1] * wide + [1.5]
+    with plt.rc_context(STYLE):
+        size = (4 + 2.2 * wide + 5, 1.6 + 0.23 * rows)
+        page, axes = plt.subplots(
+            1, wide + 1, figsize=size, width_ratios=ratios, layout="constrained"
+        )
+        for axis, measure in zip(axes, claim.panels):
+            draw_arms(axis, table, measure)
+            axis.tick_params(labelleft=axis is axes[0])
+        draw_comparisons(axes[-1], judged, list(dict.fromkeys(table.arm)))
+        axes[-1].set_title(f"comparisons: {word.lower()}")
+        page.suptitle(
+            f"{claim.name}: means and 95 % t-intervals over seeds. Comparisons, after Holm's "
+            "correction: blue as claimed, red the other way, grey not significant",
+            fontsize=9,
+        )
+        page.savefig(path, bbox_inches="tight")
+        plt.close(page)
+
+
+def draw_arms(axis, table, measure):
+    """A line for each arm: its seeds, their mean and its t-interval."""
+    table = table.assign(**{measure: table[measure].astype(float)})
+    order = list(dict.fromkeys(table.arm))
+    like = {"data": table, "x": measure, "y": "arm", "order": order, "ax": axis}
+    bar = {"errorbar": t_bar, "capsize": 0.3, "linestyle": "none", "err_kws": {"linewidth": 1.2}}
+    sns.pointplot(**like, **bar, color=GREY, marker="|", markersize=9, markeredgewidth=2)
+    sns.stripplot(**like, color="black", size=4, alpha=0.6, jitter=False)
+    axis.set(xlabel=MEASURES[measure][0], ylabel="")
+    axis.grid(axis="y", visible=False)
+
+
+def draw_comparisons(axis, found, arms):
+    """Differences with their intervals, in the colour of their outcome, in blocks of one kind."""
+    labels, y = [], 0.0
+    for (about, measure), block in found.groupby(["about", "measure"], sort=False):
+        head = about if measure.startswith("cos") else f"{MEASURES[measure][0]}: {about}"
+        head = textwrap.fill(head, 55)
+        y += 0.8 * head.count("\n")
+        labels.append((y - 0.4 * head.count("\n"), head, True))
+        for _, c in block.iterrows():
+            y += 1
+            colour = OUTCOMES.get(c.outcome, GREY)
+            axis.plot([c.low, c.high], [y, y], color=colour, lw=1.5)
+            axis.plot(c["mean"], y, "o", color=colour, ms=4)
+            labels.append((y, arms_of(c, arms), False))
+        y += 1.6
+    axis.axvline(0, color="black", lw=0.8)
+    for margin in set(-np.sign(found.sign) * found.margin) - {0}:
+        axis.axvline(margin, color="black", ls=":", lw=0.8)
+    axis.set(xlabel="difference", ylim=(y - 0.9, -0.8), xlim=room(found))
+    axis.set_yticks([at for at, *_ in labels], [text for _, text, _ in labels])
+    for tick, (_, _, head) in zip(axis.get_yticklabels(), labels):
+        tick.set(fontstyle="italic" if head else "normal", fontsize=8)
+    axis.yaxis.tick_right()
+    axis.spines["right"].set_visible(True)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="y", visible=False)
+
+
+def arms_of(c, arms):
+    """The arms of a comparison, without the settings in parentheses where that is clear."""
+    short = {arm: arm.split(" (")[0] for arm in arms}
+    if len(set(short.values())) < len(short):
+        short = {arm: arm for arm in arms}
+    first, second = short[c["first"]], short[c["second"]]
+    return first if first == second else f"{first} − {second}"
+
+
+# --------------------------------------------------------------------------- all claims on one page
+
+
+def to_fedavg(claim, table, measure):
+    """Paired differences of every arm to FedAvg: DataFrame with arm, mean, low, high."""
+    arms, rows = list(dict.fromkeys(table.arm)), []
+    for arm in arms:
+        base = next((a for a in arms if a.startswith(claim.baseline(arm))), None)
+        if base not in (None, arm):
+            x = verdicts.differences(table, Value(arm, measure), Value(base, measure))
+            rows.append((arm, *verdicts.interval(x)))
+    return pd.DataFrame(rows, columns=["arm", "mean", "low", "high"])
+
+
+def draw_overview(path, claims):
+    """Every arm of every claim on one page: accuracy and top eigenvalue minus FedAvg's, same seeds.
+
+    claims: {name: (claim, table)}.
+    """
+    sizes = {
+        name: len(to_fedavg(claim, table, "accuracy")) for name, (claim, table) in claims.items()
+    }
+    columns = in_two(sizes)
+    with plt.rc_context(STYLE | {"font.size": 8}):
+        tall = max(sum(sizes[name] + 3 for name in column) for column in columns)
+        page = plt.figure(figsize=(15, 0.8 + 0.19 * tall), layout="constrained")
+        for part, column in zip(page.subfigures(1, len(columns), squeeze=False)[0], columns):
+            ratios = [sizes[name] + 2 for name in column]
+            axes = part.subplots(len(column), 2, height_ratios=ratios, squeeze=False)
+            for pair, name in zip(axes, column):
+                draw_pair(pair, name, *claims[name])
+        page.suptitle(
+            "Every arm minus FedAvg with the same seeds: mean and 95 % t-interval, without "
+            "correction. Blue: better, red: worse, grey: the interval crosses 0",
+            fontsize=10,
+        )
+        page.savefig(path, bbox_inches="tight")
+        plt.close(page)
+
+
+def in_two(sizes):
+    """Names in two columns of about equal height, or in one if there is one."""
+    left, half = [], sum(sizes.values()) / 2
+    for name, n in sizes.items():
+        if not left or sum(sizes[x] for x in left) + n / 2 <= half:
+            left.append(name)
+    columns = left, [name for name in sizes if name not in left]
+    return [column for column in columns if column]
+
+
+def draw_pair(axes, name, claim, table):
+    """Accuracy and top eigenvalue of a claim's arms, minus FedAvg's."""
+    for axis, measure, good in zip(axes, ("accuracy", "eigenvalue"), (1, -1)):
+        found = to_fedavg(claim, table, measure)
+        for y, c in enumerate(found.itertuples()):
+            crosses = not (c.low > 0 or c.high < 0)
+            colour = GREY if crosses else BLUE if good * c.mean > 0 else RED
+            axis.plot([c.low, c.high], [y, y], color=colour, lw=1.5)
+            axis.plot(c.mean, y, "o", color=colour, ms=3.5)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(ylim=(len(found) - 0.4, -0.6), yticks=range(len(found)))
+        axis.set_yticklabels(found.arm if measure == "accuracy" else [])
+        axis.set_title(f"{name}: {MEASURES[measure][0]}", fontsize=9, loc="left")
+        axis.grid(axis="y", visible=False)
+        axis.set_xlim(*room(found))
+
+
+def room(found):
+    """Limits of an axis: all means, but bars only up to some length; longer ones run out of it."""
+    ends = found[["low", "high"]].abs().max(axis=1)
+    reach = 1.1 * max(found["mean"].abs().max(), 1.6 * np.nanmedian([*ends, 0.0]), 1e-3)
+    low, high = np.nanmin([*found.low, 0]), np.nanmax([*found.high, 0])
+    margin = 0.05 * (min(high, reach) - max(low, -reach)) or 1.0
+    return max(low, -reach) - margin, min(high, reach) + margin
+
+
+# --------------------------------------------------------------------------------------- landscapes
+
+
+def draw_landscapes(path, titles, at, planes):
+    """The loss around two models side by side, and the slices through both, on one scale.
+
+    at [n]: places along both directions; planes: for each model a list of rows of losses.
+    """
+    planes = [np.array(plane) for plane in planes]
+    low, high = min(p.min() for p in planes), ceiling(planes)
+    a, b = np.meshgrid(at, at, indexing="ij")
+    with plt.rc_context(STYLE):
+        page = plt.figure(figsize=(11, 8), layout="constrained")
+        grid = page.add_gridspec(2, 6, height_ratios=[1.5, 1])
+        for k, (title, plane) in enumerate(zip(titles, planes)):
+            axis = page.add_subplot(grid[0, 3 * k : 3 * k + 3], projection="3d")
+            shown = np.minimum(plane, high)
+            axis.plot_surface(a, b, shown, cmap="viridis", vmin=low, vmax=high, lw=0.2, ec="white")
+            axis.set(zlim=(low, high), title=title, xlabel="a", ylabel="b", zlabel="training loss")
+            axis.set(xticks=[at[0], 0, at[-1]], yticks=[at[0], 0, at[-1]])
+            axis.set_box_aspect((1, 1, 0.7), zoom=0.95)
+            axis.view_init(28, -60)
+            flat = page.add_subplot(grid[1, 2 * k : 2 * k + 2], aspect="equal")
+            draw_contours(flat, at, plane, np.geomspace(max(low, 1e-6) * 1.02, high, 12))
+            flat.set_title(title, fontsize=8)
+        draw_slices(page.add_subplot(grid[1, 4:6]), titles, at, planes)
+        page.savefig(path, bbox_inches="tight")
+        plt.close(page)
+
+
+def ceiling(planes):
+    """Where the pictures are cut off: the highest loss two thirds of the way out."""
+    n = len(planes[0])
+    inside = slice(n // 6, n - n // 6)
+    return max(plane[inside, inside].max() for plane in planes)
+
+
+def draw_contours(axis, at, plane, levels):
+    lines = axis.contour(at, at, plane.T, levels=levels, cmap="viridis")
+    axis.clabel(lines, lines.levels[::2], fontsize=7, fmt="%.2g")
+    axis.plot(0, 0, "+", color="black", ms=8)
+    axis.set(xlabel="a, along one random direction", ylabel="b, along another")
+
+
+def draw_slices(axis, titles, at, planes):
+    middle = len(at) // 2
+    for title, plane, colour in zip(titles, planes, (BLUE, RED)):
+        axis.plot(at, plane[:, middle], color=colour, label=title)
+        axis.plot(at, plane[middle], color=colour, ls="--")
+    axis.set(xlabel="a (solid), b (dashed)", ylabel="training loss")
+    axis.legend(frameon=False, fontsize=8, loc="upper center")
+    axis.margins(y=0.25)
+
+
+def landscapes_of_folders(path, folders, points=25, span=1.0):
+    """The figure of two finished runs, from their folders; planes are kept in the folders."""
+    d = {run.read_json(folder / "result.json")["d"] for folder in folders}
+    if len(d) > 1:
+        raise ValueError(f"the models have {sorted(d)} parameters; compare models of one network")
+    wanted = {"plane": {"points": points, "span": span}}
+    found = [measures.measure(folder, wanted) for folder in folders]
+    titles = [run.read_json(folder / "config.json")["label"] for folder in folders]
+    titles = [f"{title} ({folder.name})" for title, folder in zip(titles, folders)]
+    draw_landscapes(path, titles, found[0]["plane_at"], [f["plane"] for f in found])
+
+
+def landscapes_of_rows(path, table, arms):
+    """The figure of two arms of `sharpness`, from the stored planes of seed 0."""
+    rows = [table[(table.arm == arm) & table.plane.notna()].iloc[0] for arm in arms]
+    titles = [f"{row.arm}, round {row.log[-1]['round']}" for row in rows]
+    draw_landscapes(path, titles, rows[0].plane_at, [row.plane for row in rows])
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def draw_all(results):
+    """All figures of the stored rows: the paths that were written."""
+    from lab import claims  # which imports this module
+
+    found, paths = {}, []
+    for name, (claim, part) in claims.stored_claims(results).items():
+        claims.draw(claim, part)
+        for task, table in claims.tables(claim, part).items():
+            paths.append(results / file_name(name, task))
+            found[f"{name} {task}".strip()] = claim, table
+    if found:
+        draw_overview(results / "overview.png", found)
+        paths.append(results / "overview.png")
+    if "sharpness" in found and "plane" in found["sharpness"][1]:
+        arms = ("Dir 0.1, none", "Dir 0.1, top 1 %")
+        landscapes_of_rows(results / "landscape.png", found["sharpness"][1], arms)
+        paths.append(results / "landscape.png")
+    return paths
+
+
+def main(argv=None):
+    """The command: exit code 0 or 2."""
+    p = run.Parser(prog="python -m lab.figures", description=__doc__.split("\n")[0])
+    p.add_argument("what", nargs="?", choices=["landscape"], default=None)
+    p.add_argument("folders", nargs="*", type=Path, help="two finished runs")
+    p.add_argument("--out", type=Path, default=Path("landscape.png"))
+    p.add_argument("--points", type=int, default=25, help="along each direction")
+    p.add_argument("--span", type=float, default=1.0, help="how far, 1: a norm of the weights")
+    p.add_argument("--results", type=Path, default=run.HERE / "results")
+    try:
+        given = p.parse_args(argv)
+        if given.what and len(given.folders) != 2:
+            raise ValueError(f"landscape needs two folders of runs, and {len(given.folders)} came")
+        if given.what:
+            landscapes_of_folders(given.out, given.folders, given.points, given.span)
+        paths = [given.out] if given.what else draw_all(given.results)
+    except (ValueError, OSError) as error:
+        print(f"lab.figures: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, paths)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

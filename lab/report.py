@@ -1,0 +1,241 @@
+"""Writes results/README.md from the stored rows, and from nothing else.
+
+    python -m lab.report
+
+Every number there comes out of a row in results/. Prose stands in lab/notes.md, where a number is
+written as a place in a table and filled in here:
+
+    {fedsam | accuracy}              mean ± half the 95 % t-interval over the seeds of an arm
+    {fedsam - fedavg | test_loss}    paired difference [95 % interval], by seed
+
+An arm may be written without what stands in parentheses behind it.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+import run
+from lab import claims, figures, presets, study, tune, verdicts
+from lab.verdicts import MEASURES, Value
+
+NOTES = Path(__file__).with_name("notes.md")
+
+
+# ------------------------------------------------------------------------------------- the prose
+
+
+def notes(path=NOTES):
+    """The sections of the notes: {heading: text}."""
+    parts = re.split(r"^## (.+)\n", path.read_text(), flags=re.M)
+    return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2])}
+
+
+def filled(text, table):
+    """The text with its {arm | measure} and {arm - arm | measure} filled in from a table."""
+    return re.sub(r"\{([^{}|]+)\|([^{}|]+)\}", lambda found: number(*found.groups(), table), text)
+
+
+def number(arms, measure, table):
+    """One place of the notes as text; ValueError if there is no such arm or measure."""
+    measure = measure.strip()
+    if measure not in MEASURES or measure not in table:
+        raise ValueError(f"{NOTES.name}: no measure {measure!r}; known: {', '.join(MEASURES)}")
+    values = [Value(arm_called(name.strip(), table), measure) for name in arms.split(" - ")]
+    if len(values) == 1:
+        return verdicts.pm(verdicts.values(table, values[0]), MEASURES[measure][1])
+    mean, low, high = verdicts.interval(verdicts.differences(table, *values))
+    digits = verdicts.finer(measure)
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def arm_called(name, table):
+    """The label of an arm, also if it is written without its parentheses."""
+    known = claims.arms_of(table)
+    found = [arm for arm in known if arm == name or arm.startswith(name + " (")]
+    if not found:
+        raise ValueError(f"{NOTES.name}: no arm {name!r}; {run.closest(name, known)}")
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------- the claims
+
+
+def section(claim, part, prose):
+    """A claim in Markdown: what it says, its tables, comparisons, figure, and the notes."""
+    command = f"python -m lab.claims {claim.name} --size {claim.size}"
+    lines = [f"## {claim.name}", f"{part['claim']} ({part['source']})."]
+    lines.append(f"Refuted if {part['refuted_by']}.")
+    lines.append(f"`{command}`" + made_by(part, command))
+    for task, table in claims.tables(claim, part).items():
+        found, word = claims.judged(claim, table)
+        lines += [f"### {task}"] if task else []
+        lines += [verdicts.arms_text(table, claim.columns)]
+        lines.append(f"**{word}.** {counted(found)}{before(part, task)}")
+        lines.append(verdicts.comparisons_text(found[found.sign != 0]))
+        if (found.sign == 0).any():
+            shown = verdicts.comparisons_text(found[found.sign == 0], judged=False)
+            lines.append(f"<details><summary>Shown, not judged</summary>\n\n{shown}\n\n</details>")
+        lines.append(f"![{claim.name}]({figures.file_name(claim.name, task)})")
+        lines += [filled(prose, table)] if prose else []
+    return "\n\n".join(lines)
+
+
+def made_by(part, command):
+    """By which version, on which machine, and by which command if that was called otherwise."""
+    machine = part["machines"][0] if part["machines"] else {}
+    where = f"torch {machine.get('torch')}, {machine.get('cores')} cores of {processor(machine)}"
+    old = "" if part["command"] == command else f" then called `{part['command']}`,"
+    return f", made by source {machine.get('source')},{old} {where}."
+
+
+def processor(machine):
+    return machine.get("gpu") or machine.get("processor") or machine.get("system", "a machine")
+
+
+def counted(found):
+    """How the judged comparisons came out, in numbers."""
+    judged = found[found.sign != 0]
+    counts = [
+        (judged.outcome == 1).sum(),
+        (judged.outcome == -1).sum(),
+        (judged.outcome == 0).sum(),
+    ]
+    words = ("as claimed", "the other way", "not significant")
+    several = ", ".join(f"{n} {word}" for n, word in zip(counts, words) if n)
+    return f"Of {len(judged)} comparisons: {several or 'none decided'}."
+
+
+def before(part, task):
+    """The verdict that a stored file of an older version has, by its older rule."""
+    old = part.get("worlds", {}).get(task, {}).get("verdict", "").partition(":")[0]
+    return f" By the older rule: {old.lower()}." if old else ""
+
+
+def summary(found):
+    """All claims in one table, each with a link to its section."""
+    lines = ["| | the claim | verdict | by the older rule |", "| --- " * 4 + "|"]
+    for name, (claim, part) in found.items():
+        for task, table in claims.tables(claim, part).items():
+            word = claims.judged(claim, table)[1]
+            old = part.get("worlds", {}).get(task, {}).get("verdict", "-").partition(":")[0]
+            cells = (f"[{name}](#{name}) {task}".strip(), part["claim"], f"**{word}**", old)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------- other rows
+
+
+def default_table(results):
+    """The comparison at the default settings (results/default), as a table of runs."""
+    return table_of(json.loads((results / "default" / "results.json").read_text()))
+
+
+def table_of(rows):
+    """Rows of single commands as a table of runs; an arm is what its command says."""
+    return study.frame([row | {"arm": arm_of(row), "fields": {}} for row in rows], run.resolve())
+
+
+def arm_of(row):
+    """The arm of a row: the method, and the settings in its command."""
+    # what all rows have, and the seeds, which are no part of an arm
+    words = re.sub(r"python run.py|--algo [^-]+(-[sd]\b)?|--seeds? \d+", "", row["command"]).split()
+    return " ".join([row["algo"], *words])
+
+
+def asides_table(results):
+    """The runs outside of the claims, with those that they are compared with."""
+    rows = json.loads((results / "asides.json").read_text())
+    tables = [table_of(rows), default_table(results)]
+    size, part = study.stored(results / "accuracy.json")
+    tuned = claims.tables(claims.Accuracy(size, results), part)
+    both = pd.concat([*tables, *(t.assign(arm="tuned " + t.arm) for t in tuned.values())])
+    return both.reset_index(drop=True)
+
+
+def published_text(results):
+    """Published numbers beside ours: stored rows of older versions, then those of lab.presets."""
+    text = []
+    for name, preset in presets.PRESETS.items():
+        rows = []
+        old, new = (results / name / file for file in ("results.json", "rows.json"))
+        if old.exists():
+            stored = json.loads(old.read_text())["runs"]
+            rows += [in_columns(row, preset.published) for row in stored]
+        if new.exists():
+            rows += json.loads(new.read_text())
+        if rows:
+            text += [f"### {name}", preset.source + ".", f"`python -m lab.presets {name}`"]
+            text += [presets.text(rows)]
+    return "\n\n".join(text)
+
+
+def in_columns(row, published):
+    """A stored row of an older version as lab.presets writes them: it clipped proximal terms."""
+    column = f"{row['alpha']:g}"
+    changed = {} if row["lr_decay"] == 1 else {"lr_decay": row["lr_decay"]}
+    changed |= {"prox_clip": True} if row["algo"] == "fedsmoo" else {}
+    printed = published[row["algo"]][column]
+    return row | {"column": column, "changed": changed, "published": printed}
+
+
+# ------------------------------------------------------------------------------------- all of it
+
+
+def signs_text(found):
+    """Whether largest eigenvalue and largest |eigenvalue| can differ in the stored rows."""
+    rows = [row for _, part in found.values() for row in part["rows"] if "eigenvalue" in row]
+    seen = [row["eigenvalue"] for row in rows]
+    seen += [x["eigenvalue"] for row in rows for x in row["log"] if "eigenvalue" in x]
+    negative = sum(value < 0 for value in seen)
+    return f"{len(seen)} eigenvalues are stored; {negative} of them are negative."
+
+
+def written(results):
+    """The text of results/README.md."""
+    found, prose = claims.stored_claims(results), notes()
+    if not found:
+        raise ValueError(f"{results} holds no rows; python -m lab.claims NAME writes them")
+    parts = [prose["top"], summary(found), prose["how"], signs_text(found), prose["valid"]]
+    parts += ["![all arms](overview.png)", "![two landscapes](landscape.png)", prose["landscape"]]
+    parts += [section(*pair, prose.get(name)) for name, pair in found.items()]
+    if (results / "tuned.json").exists():
+        parts += ["## tuned", prose["tuned"], tune.text(results / "tuned.json")]
+    if (results / "default").exists():
+        table = default_table(results)
+        parts += ["## default", verdicts.arms_text(table, DEFAULT), filled(prose["default"], table)]
+    if (results / "asides.json").exists():
+        table = asides_table(results)
+        mine = table[table.arm.str.contains("--")]
+        parts += ["## asides", verdicts.arms_text(mine, ASIDES), filled(prose["asides"], table)]
+    published = published_text(results)
+    if published:
+        parts += ["## published", prose["published"], published]
+    return "\n\n".join(parts) + "\n"
+
+
+ASIDES = ("accuracy", "val_accuracy", "test_loss", "eigenvalue", "mb_up", "mb_down")
+DEFAULT = ("accuracy", "test_loss", "val_accuracy", "eigenvalue", "mb_up", "mb_down", "seconds")
+
+
+def main(argv=None):
+    """The command: exit code 0 or 2."""
+    p = run.Parser(prog="python -m lab.report", description=__doc__.split("\n")[0])
+    p.add_argument("--results", type=Path, default=run.HERE / "results")
+    try:
+        results = p.parse_args(argv).results
+        text = written(results)
+    except (ValueError, OSError) as error:
+        print(f"lab.report: {error}", file=sys.stderr)
+        return 2
+    run.write(results / "README.md", text)
+    print(results / "README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,794 @@
+# ---------------------------------------------------------------------------------------- run
+import ast
+import fcntl
+import graphlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pytest
+import torch
+
+import fl
+import run
+import synth
+from vision import data
+
+f64 = torch.float64
+
+# ---- run, to be pasted from here
+RUN_TINY = (
+    dict(clients=5, participation=2, local_steps=2, batch=4, width=2, hidden=4, rounds=4)
+    | dict(val=20, measure_images=20, eval_every=1, checkpoint_every=2, last=2, threads=1)
+    | dict(warmup=2, window=1, outer_steps=2, inner_steps=2, ipc=1)
+    | dict(fs_steps=2, fs_batches=1, fs_images=2)
+)
+
+
+@pytest.fixture(scope="session")
+def run_images(tmp_path_factory):
+    """A data set of 90 + 30 images of 12 x 12 pixels in three classes."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("images") / "tiny.npz"
+    y, y_test = np.arange(90) % 3, np.arange(30) % 3
+    x, x_test = (
+        (60 * labels[:, None, None] + rng.integers(0, 99, (len(labels), 12, 12))).astype(np.uint8)
+        for labels in (y, y_test)
+    )
+    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    return str(path)
+
+
+@pytest.fixture
+def run_tiny(run_images, monkeypatch):
+    """Settings of a run that takes a moment, for a method; and no pictures, which take longer."""
+    monkeypatch.setattr(run, "draw", lambda *a: None)
+    monkeypatch.setattr(run.plots, "curve", lambda *a: None)
+
+    return lambda algo="fedavg", **more: run_settings(run_images, algo, **more)
+
+
+def run_settings(images, algo, **more):
+    """Those of RUN_TINY that the run has, and `more`; images: the path of the data set."""
+    known = {name for part in run.owners({"algo": algo} | more) for name in run.settings_of(part)}
+    tiny = {name: value for name, value in RUN_TINY.items() if name in known}
+    return tiny | {"dataset": images, "algo": algo} | more
+
+
+def run_words(settings):
+    """Settings as words of the command line."""
+    flags = [("--" + name.replace("_", "-"), str(value)) for name, value in settings.items()]
+    return [word for flag in flags for word in flag]
+
+
+def run_main(capsys, *words):
+    code = run.main([str(word) for word in words])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def run_state(folder):
+    """What a run ended with."""
+    stored = torch.load(folder / "checkpoint.pt", weights_only=True)
+    result = json.loads((folder / "result.json").read_text())
+    return (
+        stored["w"],
+        stored["memory"],
+        (folder / "log.jsonl").read_bytes(),
+        result | {"seconds": 0},
+    )
+
+
+def run_same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(run_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(run_same, a, b))
+    return a == b
+
+
+# Settings.
+
+
+def test_run_settings_are_read_where_they_are_declared():
+    class Parent:
+        rho: Annotated[float, "radius", 0, None] = 0.1
+        other: float = 3.0
+
+    class Child(Parent):
+        word: Annotated[Literal["a", "b"], "a word"] = "b"
+
+        def __init__(self, x, *, n: Annotated[int, "number", 1, 9] = 5, dtype: type = f64):
+            pass
+
+    @dataclass(frozen=True)
+    class Data:
+        k: Annotated[float, "kept", 1e-12] = 0.5
+        dtype: type = f64
+
+    def function(labels, N, rng, size: Annotated[int, "size"] = 7):
+        pass
+
+    declared = run.settings_of(Child)
+    assert declared == {
+        "rho": run.Setting(float, "radius", 0, None, 0.1),
+        "word": run.Setting(Literal["a", "b"], "a word", None, None, "b"),
+        "n": run.Setting(int, "number", 1, 9, 5),
+    }
+    assert run.settings_of(Data) == {"k": run.Setting(float, "kept", 1e-12, None, 0.5)}
+    assert run.settings_of(function) == {"size": run.Setting(int, "size", None, None, 7)}
+
+
+def run_every_setting():
+    """All settings that any part has: {(kind, part, name): Setting}."""
+    found = {}
+    for kind in run.PLACES:
+        for label, part in run.parts(kind).items():
+            found |= {(kind, label, n): s for n, s in run.settings_of(part).items()}
+    common = [
+        s for s in run.owners({}) if s not in map(run.find, run.PLACES, ("fedsynsam", "qsgd"))
+    ]
+    return found | {("", "", n): s for part in common for n, s in run.settings_of(part).items()}
+
+
+def test_run_every_default_is_legal_and_explained():
+    settings = run_every_setting()
+    for (_, _, name), setting in settings.items():
+        assert run.check(name, setting.default, setting) == setting.default
+        assert len(setting.meaning) > 5, name
+    assert len({name for _, _, name in settings}) > 60
+    for kind in run.PLACES:
+        for label in run.parts(kind):
+            run.resolve(**{kind: label})
+
+
+def test_run_check_refuses_what_is_not_legal():
+    number, whole = (run.Setting(kind, "x", 0, 5, 1) for kind in (float, int))
+    assert run.check("x", 5, number) == 5.0 and type(run.check("x", 5, number)) is float
+    for setting, values in (
+        (number, (-1e-9, 5.1, math.nan, math.inf, "1", None, True, 10**400, [1])),
+        (whole, (-1, 6, 1.0, math.nan, "1", None, True, 10**30)),
+        (run.Setting(bool, "x", None, None, True), (1, "yes", None)),
+        (
+            run.Setting(Literal["size", "uniform"], "x", None, None, "size"),
+            ("sizes", 1, None, True),
+        ),
+        (run.Setting(float, "x", None, None, 1.0), (math.inf, -math.inf, math.nan, 1e31)),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match="x = "):
+                run.check("x", value, setting)
+    with pytest.raises(ValueError, match="did you mean size"):
+        run.check("x", "sizes", run.Setting(Literal["size", "uniform"], "x", None, None, "size"))
+
+
+RUN_PARTS = [  # every setting belongs to one of them
+    *({"algo": a} for a in run.parts("algo")),
+    *({"algo": "fedavg", "compress": c} for c in run.parts("compress")),
+    *({"algo": "fedavg", "model": m} for m in run.parts("model") if m in ("cnn", "mlp")),
+    *({"algo": "fedavg", "partition": p} for p in run.parts("partition")),
+]
+RUN_ONCE = {}  # setting -> the first of RUN_PARTS that has it
+for run_chosen in RUN_PARTS:
+    for run_part in run.owners(run_chosen):
+        for run_name, run_setting in run.settings_of(run_part).items():
+            if run_setting.type in (int, float):
+                RUN_ONCE.setdefault(run_name, run_chosen)
+
+
+@pytest.mark.parametrize("name", RUN_ONCE)
+def test_run_any_number_is_refused_or_works(name, run_tiny):
+    """0, -1, far too large, nan and inf, for every numeric setting: a ValueError, or a run."""
+    tiny = run_tiny(**RUN_ONCE[name]) | {"rounds": 3}
+    for value in (0, -1, 10**30, math.nan, math.inf):
+        for kind in {int, float} if value in (0, -1, 10**30) else {float}:
+            try:
+                settings = run.resolve(**tiny | {name: kind(value)})
+            except ValueError as error:
+                assert name in str(error)
+                continue
+            try:
+                assert run.experiment(**settings).result["d"] > 0
+            except (ValueError, FloatingPointError) as error:
+                assert len(str(error)) > 10
+
+
+def test_run_a_setting_of_another_part_is_refused_with_who_has_it():
+    with pytest.raises(ValueError, match="rho is no setting of this run; .*algo fedsam"):
+        run.resolve(algo="fedavg", rho=0.1)
+    with pytest.raises(ValueError, match="classes_per_client .*partition shards"):
+        run.resolve(classes_per_client=3)
+    with pytest.raises(ValueError, match="did you mean rounds"):
+        run.resolve(rouns=3)
+
+
+def test_run_quick_is_the_same_job_and_legal_for_every_method():
+    for algo in run.parts("algo"):
+        settings = run.resolve(algo=algo)
+        small = run.quick(settings)
+        assert run.resolve(**small) == small and small["rounds"] == 6 and small["last"] == 1
+        changed = {name for name in small if small[name] != settings[name]}
+        assert changed <= set(
+            "rounds warmup outer_steps fs_steps measure_images window last".split()
+        )
+
+
+def test_run_quick_leaves_rounds_after_the_synthesis():
+    for rounds, warmup in ((60, 59), (60, 55), (10, 9), (3, 2)):
+        small = run.quick(run.resolve(algo="dynafed", rounds=rounds, warmup=warmup))
+        assert run.resolve(**small) == small
+
+
+# Parts.
+
+
+def test_run_parts_have_the_names_of_their_classes():
+    names = {kind: set(run.parts(kind)) for kind in run.PLACES}
+    assert {"fedavg", "scaffold", "fedsynsam", "fedlesam-s", "feddyn", "gcsam"} <= names["algo"]
+    assert {"identity", "topk", "randk", "qsgd", "sign", "natural"} <= names["compress"]
+    assert {"mlp", "cnn", "lenet", "convnet", "resnet18"} == names["model"]
+    assert {"iid", "dirichlet", "dirichlet-class", "shards"} <= names["partition"]
+    assert run.find("algo", "fedsam") is fl.FedSAM and run.find("algo", fl.FedSAM) is fl.FedSAM
+
+
+RUN_MINE = '''
+from typing import Annotated
+from torch import nn
+from compress import Identity
+from fl import FedAvg
+import sam
+
+class Mine(FedAvg):
+    """My method."""
+    strength: Annotated[float, "my setting", 0, 1] = 0.5
+    where = sam.__file__
+
+    def correct(self, g, w, received, mine):
+        return (1 + self.strength) * super().correct(g, w, received, mine)
+
+class Wire(Identity):
+    pass
+
+class Net(nn.Sequential):
+    def __init__(self, image_shape, classes, *, units: Annotated[int, "units", 1] = 3):
+        super().__init__(nn.Flatten(), nn.Linear(144, units), nn.ReLU(), nn.Linear(units, classes))
+
+def halves(labels, N, rng, parts: Annotated[int, "clients that have images", 1] = 5):
+    import numpy as np
+    return np.array_split(rng.permutation(len(labels)), N)
+'''
+
+
+def test_run_parts_of_the_reader_are_found_in_their_file(tmp_path, run_tiny):
+    path = tmp_path / "sam.py"  # has a name of ours, which it must not replace
+    path.write_text(RUN_MINE)
+    Mine = run.find("algo", f"{path}:Mine")
+    assert Mine.where == str(run.HERE / "sam.py") and Path(sys.modules["sam"].__file__) != path
+    kinds = {"compress": "Wire", "model": "Net", "partition": "halves"}
+    mine = {kind: f"{path}:{name}" for kind, name in kinds.items()}
+    outcome = run.experiment(
+        tmp_path / "run", **run_tiny(f"{path}:Mine", **mine, strength=0.2, units=2)
+    )
+    assert outcome.result["d"] == 144 * 2 + 2 + 2 * 3 + 3
+    assert type(outcome.federation.method) is Mine and outcome.federation.method.strength == 0.2
+    by_class = run.experiment(**run_tiny(Mine, **mine, strength=0.2, units=2))
+    assert torch.equal(by_class.federation.w, outcome.federation.w)
+    assert by_class.result["algo"] == f"{path}:Mine"
+
+
+def test_run_files_of_the_reader_that_do_not_fit_are_one_value_error(tmp_path):
+    texts = {"syntax": "def (", "raises": "1 / 0", "imports": "import nosuch"}
+    for name, text in (texts | {"fine": "x = 3\nclass M: pass\nimport fl"}).items():
+        (tmp_path / f"{name}.py").write_text(text)
+        for member in ("M", "x", "fl", "nothing", ""):
+            for kind in run.PLACES:
+                with pytest.raises(ValueError, match=name):
+                    run.find(kind, f"{tmp_path / name}.py:{member}")
+    with pytest.raises(ValueError, match="there is no file"):
+        run.find("algo", f"{tmp_path}/nothing.py:M")
+
+
+def test_run_two_methods_are_combined_by_a_plus(run_tiny):
+    Both = run.find("algo", "fedsam+scaffold")
+    assert Both.__mro__[1:4] == (fl.FedSAM, fl.SCAFFOLD, fl.FedAvg)
+    outcome = run.experiment(**run_tiny("fedsam+scaffold", rho=0.2, variate=0.5))
+    assert outcome.result["algo"] == "fedsam+scaffold"
+    gamma = run.experiment(**run_tiny("fedgamma", rho=0.2, variate=0.5))
+    assert torch.equal(outcome.federation.w, gamma.federation.w)
+    with pytest.raises(ValueError, match="unknown algo 'fedsim'; did you mean fedsam"):
+        run.find("algo", "fedsim+scaffold")
+    for strange in ("fedsam+", "+", "fedsam+fedsam", "fedavg+fedsam"):
+        with pytest.raises(ValueError):
+            run.find("algo", strange)
+
+
+# A run.
+
+
+def test_run_writes_a_whole_folder_and_never_overwrites_it(tmp_path, run_images, capsys):
+    tiny = run_settings(run_images, "fedsynsam", threads=2)
+    words = [*run_words(tiny), "--out", tmp_path, "--name", "mine"]
+    code, out, _ = run_main(capsys, *words)
+    folder = tmp_path / "mine"
+    names = "config.json log.jsonl checkpoint.pt result.json curve.png synthetic.png"
+    assert code == 0 and {p.name for p in folder.iterdir()} == set(names.split())
+    assert all(word in out for word in ("accuracy", "eigenvalue", "MB up", "matching", str(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    assert config["settings"]["hidden"] == 4 and config["machine"]["torch"] == torch.__version__
+    assert "threads" not in config["settings"]
+    assert [row["round"] for row in log] == [1, 2, 3, 4] and result["averaged"] == [3, 4]
+    assert result["test_acc"] == pytest.approx((log[2]["test_acc"] + log[3]["test_acc"]) / 2)
+    assert (result["up"], result["down"]) == (log[3]["up"], log[3]["down"])
+    assert result["bits"] == pytest.approx(8 * result["up"] / (4 * 2 * result["d"]))
+
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    code, _, err = run_main(capsys, *words)
+    assert code == 2 and "exists" in err and "--resume" in err
+    assert run_main(capsys, "--resume", folder)[:2] == (0, out)  # finished: only its card
+    assert before == {p: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_run_without_a_folder_gives_the_same_numbers(tmp_path, run_tiny):
+    seen, settings = [], run_tiny("fedsam")
+    outcome = run.experiment(**settings, watch=lambda federation: seen.append(federation.t))
+    other = run.experiment(tmp_path / "deep" / "run", **settings)
+    assert seen == [1, 2, 3, 4] and outcome.log == other.log
+    assert torch.equal(outcome.federation.w, other.federation.w)
+    assert outcome.result | {"seconds": 0} == other.result | {"seconds": 0}
+    federation, images = run.load(tmp_path / "deep" / "run")
+    assert torch.equal(federation.w, other.federation.w) and len(images.val.y) == 20
+    assert not torch.equal(run.experiment(**settings, seed=1).federation.w, other.federation.w)
+
+
+def test_run_seed_moves_everything_that_is_drawn(run_tiny):
+    a, b, c = (
+        run.compose(run.resolve(**run_tiny(**how)))[0]
+        for how in ({"seed": 0}, {"seed": 1}, {"seed": 1, "algo": "scaffold"})
+    )
+    assert not torch.equal(a.task.w0, b.task.w0) and torch.equal(b.task.w0, c.task.w0)
+    assert not run_same(a.task.parts, b.task.parts) and run_same(b.task.parts, c.task.parts)
+    assert (a.method.seed, c.method.seed) == (0, 1)
+
+
+def test_run_evaluates_when_it_should_and_averages_the_last(run_tiny):
+    outcome = run.experiment(**run_tiny(rounds=7, eval_every=3, last=2))
+    assert [row["round"] for row in outcome.log if "test_acc" in row] == [3, 6, 7]
+    assert outcome.result["averaged"] == [6, 7]
+
+
+def test_run_measures_all_images_of_the_sample(run_tiny):
+    """Loss, accuracy and eigenvalue in chunks and on threads are those of the whole."""
+    outcome = run.experiment(**run_tiny("fedsam", visit="threads", threads=2, measure_images=70))
+    federation, images = outcome.federation, outcome.data
+    sample = run.measured_images(images.train, 70)
+    x, y, _ = sample.batch(data.unmoved(torch.arange(70)))
+    scores = federation.task.apply(federation.w, x)
+    row = outcome.log[-1]
+    loss = torch.nn.functional.cross_entropy(scores, y)
+    assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["train_acc"] == pytest.approx((scores.argmax(1) == y).double().mean().item())
+
+    def whole(w):
+        return torch.nn.functional.cross_entropy(federation.task.apply(w, x), y)
+
+    H = torch.func.hessian(whole)(federation.w)
+    largest = float(torch.linalg.eigvalsh(H.double())[-1])
+    assert outcome.result["eigenvalue"] == pytest.approx(largest, rel=1e-2)
+
+
+def test_run_takes_the_clients_that_come_with_the_data(tmp_path, run_tiny, run_images):
+    path = str(tmp_path / "writers.npz")
+    with np.load(run_images) as pack:
+        np.savez(path, **pack, client_train=np.array(list("abc"))[np.arange(90) // 30])
+    outcome = run.experiment(**run_tiny(dataset=path, clients=3, val=0))
+    assert outcome.federation.task.sizes == [30, 30, 30]
+    with pytest.raises(ValueError, match="participation = 5"):
+        run.experiment(**run_tiny(dataset=path, clients=5, participation=5))
+
+
+def test_run_settings_of_the_machine_do_not_change_the_numbers(tmp_path, run_tiny):
+    settings = run_tiny("scaffold", rounds=2)
+    run.experiment(tmp_path / "a", **settings)
+    for how in ({"visit": "plain"}, {"visit": "threads", "threads": 2}, {"checkpoint_every": 1}):
+        outcome = run.experiment(**settings | how)
+        assert outcome.log == run.experiment(tmp_path / "a", **settings | how).log  # no other run
+    vmap = run.experiment(**settings, visit="vmap", chunk=2)
+    assert torch.allclose(vmap.federation.w, outcome.federation.w, rtol=1e-4, atol=1e-6)
+
+
+class RunKilled(BaseException):
+    """In place of SIGKILL."""
+
+
+def run_until_killed(owner, name, call, folder, settings, only=lambda *a: True):
+    """Start a run that dies when it calls owner.name for the call-th time."""
+    inner, calls = getattr(owner, name), []
+
+    def outer(*args, **more):
+        calls.extend([1] * bool(only(*args)))
+        if len(calls) >= call and only(*args):
+            raise RunKilled
+        return inner(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunKilled):
+        patch.setattr(owner, name, outer)
+        run.experiment(folder, **settings)
+
+
+def test_run_killed_anywhere_resumes_to_the_same_bits(tmp_path, run_tiny):
+    """There are checkpoints after rounds 2, 4, 6 and 7; the synthesis is before round 3."""
+    more = dict(rounds=7, participation=3, compress="topk", error_feedback=True, seed=5)
+    settings, whole, cut = run_tiny("fedsynsam", **more), tmp_path / "whole", tmp_path / "cut"
+    run.experiment(whole, **settings)
+
+    def checkpoint(source, target):
+        return target.name == "checkpoint.pt"
+
+    run_until_killed(run, "write", 1, cut, settings)  # before config.json is there
+    run_until_killed(fl.Federation, "round", 2, cut, settings)  # before there is a checkpoint
+    run_until_killed(synth, "matching_loss", 2, cut, settings)
+    run_until_killed(os, "replace", 1, cut, settings, checkpoint)
+    assert (cut / "checkpoint.new").exists()
+    run_until_killed(fl.Federation, "round", 4, cut, settings)  # it had gone back to round 2
+    with open(cut / "log.jsonl", "a") as file:
+        file.write('{"round": 999, "torn li')  # a line cut off in the middle
+    run_until_killed(run.json, "dumps", 1, cut, settings, lambda x, **k: x.get("round") == 6)
+    run_until_killed(run, "result_of", 1, cut, settings)
+    run_until_killed(os, "replace", 1, cut, settings, lambda a, b: b.name == "result.json")
+    run.experiment(cut, **settings)
+    assert run_same(run_state(cut), run_state(whole))
+
+
+RUN_KILLER = """
+import os, signal, sys
+replace = os.replace
+def killed(a, b):
+    if b.name == "checkpoint.pt":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(a, b)
+os.replace = killed
+import run
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_run_killed_by_the_system_resumes_to_the_same_bits(tmp_path, run_tiny, capsys):
+    settings = run_tiny("scaffold", compress="topk", error_feedback=True) | {"checkpoint_every": 3}
+    run.experiment(tmp_path / "whole", **settings)
+    words = [word for word in run_words(settings) if word not in ("--error-feedback", "True")]
+    words += ["--error-feedback", "--out", str(tmp_path), "--name", "cut"]
+    code = [sys.executable, "-c", RUN_KILLER, *words]
+    assert subprocess.run(code, cwd=run.HERE, capture_output=True).returncode == -signal.SIGKILL
+    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 3
+    assert run_main(capsys, "--resume", tmp_path / "cut", "--threads", 1)[0] == 0
+    assert run_same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
+
+
+def test_run_damage_of_a_checkpoint_is_found(tmp_path, run_tiny):
+    """Whatever bit is flipped: the file is refused, or holds what it held."""
+    settings = run_tiny("fedsynsam", compress="topk", error_feedback=True)
+    folder, fate = tmp_path / "a", []
+    run.experiment(folder, **settings)
+    path, before = folder / "checkpoint.pt", run.load(folder)[0]
+    good, draws = path.read_bytes(), random.Random(0)
+    places = [*draws.sample(range(len(good)), 30), *range(30), *range(len(good) - 30, len(good))]
+    federation, digest = (
+        run.compose(run.resolve(**settings))[0],
+        json.loads((folder / "config.json").read_text())["hash"],
+    )
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << draws.randrange(8)
+        path.write_bytes(bad)
+        try:
+            run.restore(folder, federation, digest)
+            fate.append("same")
+            for name in run.CHECKPOINT:
+                assert run_same(getattr(federation, name), getattr(before, name)), place
+            assert run_same(federation.method.state, before.method.state), place
+        except ValueError as error:
+            assert "checkpoint.pt" in str(error)
+            fate.append("refused")
+    assert fate.count("refused") > 40
+    run.experiment(tmp_path / "b", **settings | {"seed": 1})
+    others = (tmp_path / "b" / "checkpoint.pt").read_bytes()
+    for bad in (b"", good[:1000], good[1000:], b"x" * 5000, others):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="checkpoint.pt is of no use"):
+            run.restore(folder, federation, digest)
+
+
+def test_run_a_folder_is_continued_only_by_the_run_that_it_holds(tmp_path, run_tiny, run_images):
+    copy, folder, mine = tmp_path / "copy.npz", tmp_path / "a", tmp_path / "mine.py"
+    mine.write_text(RUN_MINE)
+    copy.write_bytes(Path(run_images).read_bytes())
+    settings = run_tiny(f"{mine}:Mine", dataset=str(copy), rounds=2)
+    run.experiment(folder, **settings)
+    for change in ({"strength": 0.6}, {"rounds": 3}, {"compress": "sign"}, {"seed": 1}):
+        (name,) = change
+        with pytest.raises(ValueError, match=f"of another run: {name} was"):
+            run.experiment(folder, **settings | change)
+    with np.load(copy) as pack:
+        changed = dict(pack)
+    changed["x_train"][0, 0, 0] ^= 1
+    np.savez(copy, **changed)
+    with pytest.raises(ValueError, match="of another run: data was"):
+        run.experiment(folder, **settings)
+    copy.write_bytes(Path(run_images).read_bytes())
+    mine.write_text(RUN_MINE.replace("(1 + self.strength)", "(2 + self.strength)"))
+    with pytest.raises(ValueError, match="of another run: .*mine.py was"):
+        run.experiment(folder, **settings)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json"):
+        run.experiment(folder, **settings)
+
+
+def test_run_a_folder_never_brings_its_own_code(tmp_path, run_tiny, capsys):
+    mine, folder = tmp_path / "mine.py", tmp_path / "a"
+    mine.write_text(RUN_MINE)
+    run.experiment(folder, **run_tiny(f"{mine}:Mine", rounds=2))
+    (folder / "result.json").unlink()
+    code, _, err = run_main(capsys, "--resume", folder)
+    assert code == 2 and f"give algo = {mine}:Mine again" in err
+    with pytest.raises(ValueError, match="give algo"):
+        run.load(folder)
+    code, out, err = run_main(capsys, "--resume", folder, "--algo", f"{mine}:Mine")
+    assert code == 0 and "accuracy" in out, err
+    assert run.load(folder, algo=f"{mine}:Mine")[0].t == 2
+
+
+def test_run_a_comparison_never_brings_its_own_code(tmp_path, run_tiny, capsys):
+    evil, folder = tmp_path / "evil.py", tmp_path / "b"
+    evil.write_text(f"open({str(tmp_path / 'touched')!r}, 'w')")
+    folder.mkdir()
+    runs = {"x-s0": run_tiny() | {"algo": f"{evil}:M"}}
+    (folder / "comparison.json").write_text(json.dumps(runs))
+    run_main(capsys, "--resume", folder)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_run_a_folder_belongs_to_one_process(tmp_path, run_tiny):
+    with run.workplace(tmp_path), pytest.raises(ValueError, match="in use by another process"):
+        run.experiment(tmp_path, **run_tiny())
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is free again
+    os.close(handle)
+
+
+# The command line.
+
+
+def test_run_default_names_do_not_collide(tmp_path, run_tiny, capsys):
+    words = [*run_words(run_tiny(rounds=1)), "--out", tmp_path]
+    for name in ("fedavg-s0", "fedavg-s0-2"):
+        assert run_main(capsys, *words)[0] == 0 and (tmp_path / name / "result.json").exists()
+
+
+def test_run_comparison_gives_each_run_its_flags_and_one_table(tmp_path, run_tiny, capsys):
+    tiny = run_tiny("fedsam", rounds=2) | {"rho": 0.05}
+    del tiny["algo"]
+    words = [*run_words(tiny), "--algo", "fedavg", "fedsam", "--seeds", 2]
+    code, out, _ = run_main(capsys, *words, "--out", tmp_path, "--name", "both")
+    folder = tmp_path / "both"
+    rows = [line for line in out.splitlines() if line.startswith("| fed")]
+    assert code == 0 and len(rows) == 2 and (folder / "table.md").read_text() in out
+    config = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/config.json")}
+    assert set(config) == {"fedavg-s0", "fedavg-s1", "fedsam-s0", "fedsam-s1"}
+    assert (
+        config["fedsam-s1"]["settings"]["rho"] == 0.05
+        and "rho" not in config["fedavg-s0"]["settings"]
+    )
+    accuracy = [
+        100 * json.loads((folder / f"fedavg-s{s}" / "result.json").read_text())["test_acc"]
+        for s in (0, 1)
+    ]
+    assert f"{np.mean(accuracy):.2f} ± {np.std(accuracy, ddof=1):.2f}" in rows[0]
+    (folder / "fedsam-s1" / "result.json").unlink()
+    again = run_main(capsys, "--resume", folder)
+    assert again[0] == 0 and rows[0] in again[1]
+
+
+def test_run_table_has_means_and_standard_deviations():
+    def result(algo, accuracy):
+        return {key: 1.0 for key, _, _ in run.SHOWN.values()} | {"algo": algo, "test_acc": accuracy}
+
+    table = run.table([result("b", 0.1), result("a", 0.5), result("b", 0.2)]).splitlines()
+    assert table[2].startswith("| b | 15.00 ± 7.07 | 1.000 ± 0.000 |") and table[2].endswith(
+        "| 2 |"
+    )
+    assert table[3].startswith("| a | 50.00 | 1.000 |") and len(table) == 4
+
+
+def test_run_flags_that_no_run_has_are_refused():
+    runs = run.runs_of(["fedavg", "fedsam"], 1, {"rho": 0.3, "rounds": 20})
+    assert runs["fedsam-s0"]["rho"] == 0.3 and "rho" not in runs["fedavg-s0"]
+    with pytest.raises(ValueError, match="rho is no setting of this run"):
+        run.runs_of(["fedavg", "scaffold"], 1, {"rho": 0.3})
+
+
+def test_run_comparison_goes_on_after_a_run_that_fails(tmp_path, run_tiny, capsys):
+    tiny = run_tiny("fedsam", rounds=2, clip=0.0) | {"rho": 1e29}
+    del tiny["algo"]
+    words = [*run_words(tiny), "--algo", "fedsam", "fedavg", "--out", tmp_path]
+    code, out, err = run_main(capsys, *words)
+    assert code == 1 and "| fedavg |" in out and "fedsam-s0: round" in err
+
+
+def test_run_divergence_is_code_1_and_keeps_the_log(tmp_path, run_tiny, capsys):
+    for flags, word in (({"lr": 1e29, "clip": 0.0}, "client"), ({"server_lr": 1e29}, "round")):
+        words = [*run_words(run_tiny() | flags), "--out", tmp_path, "--name", word]
+        code, _, err = run_main(capsys, *words)
+        assert code == 1 and word in err and f"--resume {tmp_path / word}" in err
+        assert (tmp_path / word / "log.jsonl").exists()
+
+
+def test_run_interrupted_is_code_130(tmp_path, run_tiny, capsys, monkeypatch):
+    def interrupted(federation):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fl.Federation, "round", interrupted)
+    code, _, err = run_main(capsys, *run_words(run_tiny()), "--out", tmp_path)
+    assert code == 130 and "--resume" in err
+
+
+def test_run_list_names_every_part(capsys):
+    code, out, _ = run_main(capsys, "--list")
+    assert code == 0
+    for kind in run.PLACES:
+        for name, part in run.parts(kind).items():
+            assert any(
+                line.split()[0] == name and len(line) > 30 for line in out.splitlines() if line
+            )
+
+
+def test_run_help_shows_the_parts_in_question(capsys):
+    def help_of(*words):
+        with pytest.raises(SystemExit) as end:
+            run.main([*words, "--help"])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    out = help_of("--algo", "fedprox", "--compress", "topk")
+    assert "--prox" in out and "--k " in out and "--rho" not in out and "--levels" not in out
+    out = help_of("--algo", "fedsam", "scaffold")
+    assert "--rho" in out and "--variate" in out and "default 0.1" in out
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        ("--algo fedsinsam", "did you mean fedsynsam"),
+        ("--algo FEDAVG", "fedavg"),
+        ("--algo scafold", "did you mean scaffold"),
+        ("--algo", "expected at least one"),
+        ("--model resnet", "resnet18"),
+        ("--compress zip", "known: "),
+        ("--partition dirichle", "did you mean dirichlet"),
+        ("--alpha 0", "alpha = 0"),
+        ("--alpha nan", "alpha = nan"),
+        ("--rho -0.1", "at least 0"),
+        ("--mix 1.5", "0..1"),
+        ("--rounds 0", "must be in 1.."),
+        ("--rounds 3.5", "invalid int"),
+        ("--lr x", "invalid float"),
+        ("--average sizes", "did you mean size"),
+        ("--rouns 3", "did you mean rounds"),
+        ("--prox 0.1", "algo fedprox"),
+        ("--algo fedavg --rho 0.1", "algo fedsam"),
+        ("--participation 101", "1..100"),
+        ("--clients 9001 --participation 1", "1..9000"),
+        ("--clients 5000 --participation 1 --partition shards", "without images"),
+        ("--partition shards --classes-per-client 11", "classes_per_client = 11"),
+        ("--window 99", "window = 99"),
+        ("--warmup 9 --rounds 9", "below the number of rounds"),
+        ("--compress topk --k 0", "k = 0"),
+        ("--compress topk --k 54315", "1..54314"),
+        ("--compress topk --k 2.5", "whole"),
+        ("--val 10000", "0..9999"),
+        ("--dataset nosuch.npz", "no such file"),
+        ("--dataset {text}", "cannot be read"),
+        ("--dataset {pickled}", "cannot be read"),
+        ("--seeds 0", "1..1000"),
+        ("--name a/b", "plain folder name"),
+        ("--name ..", ".."),
+        ("--resume {folder}", "config.json"),
+        ("--resume {foreign}", "colour"),
+        ("--resume {text}", "config.json"),
+        ("--resume {list}", "comparison.json"),
+        ("--device cuda", "no GPU"),
+        ("--device tpu", "did you mean cpu"),
+        ("--algo {text}:M", "text.npz"),
+        ("--out {text}", "text.npz"),
+    ],
+)
+def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, capsys):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    places = {name: tmp_path / name for name in ("folder", "foreign", "list")}
+    for place in places.values():
+        place.mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"settings": {"colour": "red"}}')
+    (tmp_path / "list" / "comparison.json").write_text('{"x": 3}')
+    (tmp_path / "text.npz").write_text("I am no npz")
+    good = dict(x_train=np.zeros((20, 8, 8), np.uint8), y_train=np.arange(20) % 4)
+    good |= dict(x_test=np.zeros((4, 8, 8), np.uint8), y_test=np.array([print] * 4, dtype=object))
+    np.savez(tmp_path / "pickled.npz", **good)
+    places |= {name: tmp_path / f"{name}.npz" for name in ("text", "pickled")}
+    before = sorted(tmp_path.rglob("*"))
+    out_folder = [] if "--out" in words else ["--out", tmp_path / "runs"]
+    code, out, err = run_main(capsys, *words.format(**places).split(), *out_folder)
+    assert code == 2 and out == "" and hint in err, err
+    assert err.startswith("run.py: ") and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
+
+
+def test_run_starts_without_slow_imports_and_bears_a_closed_pipe():
+    slow = "matplotlib", "torchvision", "sympy", "torch._dynamo"
+    code = f"import sys, run; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=run.HERE, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    listing = subprocess.Popen(
+        [sys.executable, "run.py", "--list"], cwd=run.HERE, stdout=-1, stderr=-1
+    )
+    listing.stdout.close()
+    assert listing.wait(timeout=100) in (0, 1) and b"Traceback" not in listing.stderr.read()
+
+
+# The project.
+
+RUN_BOOK = ("compress", "sam", "synth", "fl", "run")
+
+
+def run_imports():
+    """What the files of the project import of it: {module: {module}}."""
+    files = {
+        ".".join(path.relative_to(run.HERE).with_suffix("").parts): path
+        for folder in (".", "vision", "methods", "codes", "scale", "lab", "classroom", "tests")
+        for path in (run.HERE / folder).glob("*.py")
+    }
+    found = {}
+    for module, path in files.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.names[0].name != "*", path
+                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        found[module] = names & (files.keys() - {module})
+    return found
+
+
+def test_run_imports_point_one_way():
+    imports, book = run_imports(), set(RUN_BOOK)
+    assert {"vision.data", "fl", "run"} <= imports.keys() and imports["fl"] >= {"sam", "synth"}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the cycle
+    for module, used in imports.items():
+        folder = module.partition(".")[0]
+        ours = {name.partition(".")[0] for name in used}
+        if folder in RUN_BOOK[:-1]:
+            legal = {*RUN_BOOK[: RUN_BOOK.index(folder)], "vision"}
+        else:
+            legal = {
+                "run": {*book, "vision", "scale"},
+                "vision": {"vision"},
+                "codes": {"compress", "codes"},
+                "methods": book - {"run"} | {"methods", "vision"},
+                "scale": book - {"run"} | {"scale", "vision", "methods"},
+            }.get(folder, ours)
+        assert ours <= legal, f"{module} imports {ours - legal}"
+        if "run" in used:
+            assert folder in ("lab", "classroom", "tests", "test_all"), f"{module} imports run"

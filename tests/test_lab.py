@@ -1,0 +1,806 @@
+"""The lab: intervals and verdicts against scipy and by hand, measures against dense Hessians and
+closed forms, claims and presets that are legal, stored rows that give the stored tables, and each
+command once at a tiny size.
+
+    python -m pytest tests/test_lab.py
+"""
+
+import copy
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional as F
+
+import compress
+import fl
+import run
+import sam
+from lab import claims, figures, measures, presets, report, study, tune, verdicts
+from lab.verdicts import Rule, Value
+from tests.toys import Linear, Quadratics, f64, normal
+from vision import data, models
+
+RESULTS = run.HERE / "results"
+TINY = study.QUICK | {"rounds": 3, "threads": 1}
+
+
+def symmetric(values, seed=0):
+    """A dense symmetric matrix with these eigenvalues."""
+    q, _ = torch.linalg.qr(normal(len(values), len(values), seed=seed))
+    return q @ torch.diag(torch.as_tensor(values, dtype=f64)) @ q.T
+
+
+def runs(arm, numbers, measure="accuracy"):
+    """Rows of a table: one run a seed."""
+    return [{"arm": arm, "seed": seed, measure: x} for seed, x in enumerate(numbers)]
+
+
+# --------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize("n", (2, 3, 10))
+def test_the_interval_is_students(n):
+    x = normal(n, seed=n).numpy()
+    mean, low, high = verdicts.interval(x)
+    expected = stats.t.interval(0.95, n - 1, loc=x.mean(), scale=x.std(ddof=1) / math.sqrt(n))
+    assert (low, high) == pytest.approx(expected) and mean == pytest.approx(x.mean())
+    assert verdicts.half_width(x) == pytest.approx((high - low) / 2)
+    assert verdicts.interval([1.0, 2.0, 3.0])[2] == pytest.approx(2 + 4.302653 / math.sqrt(3))
+
+
+def test_p_values_are_those_of_the_paired_test_and_agree_with_the_interval():
+    for seed in range(50):
+        a, b = normal(3, seed=seed).numpy() + 1, normal(3, seed=seed + 99).numpy()
+        p, (_, low, high) = verdicts.p_value(a - b), verdicts.interval(a - b)
+        assert p == pytest.approx(stats.ttest_rel(a, b).pvalue)
+        assert (p <= 0.05) == (not low <= 0 <= high)
+    assert verdicts.p_value([2.0, 2.0]) == 0 and verdicts.p_value([0.0, 0.0]) == 1
+    assert np.isnan(verdicts.p_value([1.0])) and np.isnan(verdicts.interval([1.0])[1])
+
+
+def test_holm_by_hand_and_by_its_step_down_definition():
+    assert verdicts.holm([0.01, 0.04, np.nan, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, np.nan, 0.06, 0.02], nan_ok=True
+    )
+    for seed in range(20):
+        p = np.random.default_rng(seed).random(6) ** 3
+        corrected = verdicts.holm(p)
+        for alpha in (0.01, 0.05, 0.2):
+            rejected = np.zeros(6, dtype=bool)
+            for rank, j in enumerate(np.argsort(p)):
+                if p[j] > alpha / (6 - rank):
+                    break
+                rejected[j] = True
+            assert ((corrected <= alpha) == rejected).all()
+
+
+def test_holm_keeps_the_share_of_false_alarms_of_a_whole_claim():
+    rng, alarms = np.random.default_rng(0), 0
+    for _ in range(300):
+        p = [verdicts.p_value(rng.standard_normal(3)) for _ in range(8)]
+        alarms += (verdicts.holm(p) <= 0.05).any()
+    assert alarms / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+@pytest.mark.parametrize(
+    "outcomes, word",
+    [
+        ([1, 1], "Holds"),
+        ([1, 0], "Holds in part"),
+        ([1, np.nan], "Holds in part"),
+        ([1, -1, 0], "Mixed"),
+        ([-1, 0], "Refuted"),
+        ([0, np.nan], "No significant difference"),
+        ([np.nan], "Not decided"),
+        ([], "Not decided"),
+    ],
+)
+def test_the_word_of_a_claim(outcomes, word):
+    assert verdicts.verdict(outcomes) == word
+
+
+def test_differences_are_taken_by_seed():
+    table = pd.DataFrame(
+        runs("a", [10.0, 20.0, 30.0, 1.0, np.nan]) + runs("b", [9, 18, 29, np.nan, 0])
+    )
+    table = table.sample(frac=1, random_state=0)  # in any order
+    found = verdicts.differences(table, Value("a", "accuracy"), Value("b", "accuracy"))
+    assert sorted(found) == [1, 1, 2]
+    assert not len(verdicts.differences(table, Value("a", "accuracy"), Value("b", "missing")))
+
+
+def rule(sign, margin=0.0):
+    return Rule("", Value("a", "accuracy"), Value("b", "accuracy"), sign, margin)
+
+
+@pytest.mark.parametrize(
+    "sign, margin, a, outcome, word",
+    [
+        (1, 0, [1.0, 1.1, 0.9], 1, "higher"),
+        (-1, 0, [1.0, 1.1, 0.9], -1, "higher"),
+        (-1, 0, [-1.0, -1.1, -0.9], 1, "lower"),
+        (1, 0, [1.0, -1.0, 0.5], 0, "no significant difference"),
+        (1, 1, [-0.5, -0.6, -0.4], 1, "less than 1 lower"),
+        (1, 1, [-1.5, -1.6, -1.4], -1, "more than 1 lower"),
+        (1, 1, [-1.5, -0.6, -0.4], 0, "perhaps 1 lower"),
+        (-1, 1, [0.5, 0.6, 0.4], 1, "less than 1 higher"),
+        (0, 0, [1.0, 1.1, 0.9], np.nan, "higher"),
+        (1, 0, [1.0], np.nan, "too few seeds"),
+    ],
+)
+def test_one_comparison(sign, margin, a, outcome, word):
+    table = pd.DataFrame(runs("a", a) + runs("b", [0.0, 0.0, 0.0]))
+    (row,) = [row for _, row in verdicts.compare(table, [rule(sign, margin)]).iterrows()]
+    assert row.outcome == pytest.approx(outcome, nan_ok=True) and verdicts.word(row) == word
+
+
+def test_many_comparisons_are_corrected_and_those_not_judged_do_not_count():
+    table = pd.DataFrame(runs("a", [1.0, 1.3, 0.7]) + runs("b", [0.0, 0.0, 0.0]))
+    one, alone = [verdicts.compare(table, [rule(1)] * n + [rule(0)] * 9) for n in (2, 1)]
+    assert alone.outcome[0] == 1 and one.outcome[0] == 0
+    assert one.corrected[0] == pytest.approx(2 * one.p[0])
+    assert verdicts.word(one.iloc[0]) == "no significant difference (Holm)"
+
+
+# --------------------------------------------------------------------------------- measures
+
+
+def network(name, side=28, **settings):
+    """A small network in float64."""
+    part = models.NETWORKS[name]
+    return models.build(part, (1, side, side), 10, 0, "cpu", dtype=f64, **settings)
+
+
+def sample(model, side=28, n=40, **more):
+    """A Sample of random images, and the same loss written down plainly."""
+    g = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (n, 1, side, side), generator=g, dtype=torch.uint8)
+    labels = torch.randint(10, (n,), generator=g)
+    spread = torch.tensor([80.0], dtype=f64)
+    images = data.Images(pixels, labels, spread, spread, list(range(10)))
+    some = next(images.chunks(n))
+
+    def plain(w):
+        return F.cross_entropy(model.apply(w, some.x), some.y)
+
+    return measures.Sample(model.apply, images, **more), plain
+
+
+def test_both_ends_of_the_spectrum_and_what_is_largest():
+    for values in ([-9.0, -1, 2, 3, 7], [0.5, 1, 2, 3, 8]):
+        A = symmetric(torch.tensor(values))
+        ends = measures.ends(lambda v: A @ v, A[0])
+        assert ends == pytest.approx((max(values), min(values)), rel=1e-5)
+
+
+def test_curvature_of_a_network_is_that_of_its_dense_hessian():
+    model = network("mlp", side=5, hidden=3)
+    L, plain = sample(model, side=5, chunk=7)
+    w = model.w0 + 0.3 * normal(len(model.w0))
+    H = torch.func.hessian(plain)(w)
+    assert L.loss(w) == pytest.approx(float(plain(w)), rel=1e-12)
+    assert torch.allclose(L.gradient(w), torch.func.grad(plain)(w), atol=1e-12)
+    values = torch.linalg.eigvalsh(H).tolist()
+    assert measures.ends(L.hessian(w), w) == pytest.approx((values[-1], values[0]), rel=1e-4)
+    estimate, error = measures.trace(L.hessian(w), w, samples=60)
+    assert abs(estimate - H.trace()) < 4 * error
+
+
+def test_the_trace_is_exact_for_a_diagonal_and_knows_its_error():
+    diagonal = torch.linspace(-1, 3, 20, dtype=f64)
+    exact = measures.trace(lambda v: diagonal * v, diagonal, samples=2)
+    assert exact == pytest.approx((float(diagonal.sum()), 0), abs=1e-9)
+    A, n = symmetric(diagonal), 3000
+    estimate, error = measures.trace(lambda v: A @ v, A[0], samples=n)
+    assert abs(estimate - A.trace()) < 4 * error
+    variance = 2 * (A.square().sum() - A.diag().square().sum())
+    assert n * error**2 == pytest.approx(float(variance), rel=0.15)
+
+
+def highest(A, g, rho):
+    """max of g'e + e'Ae/2 over the ball: e = (mu I - A)^-1 g with ||e|| = rho, by bisection."""
+    values, q = torch.linalg.eigh(A)
+    c, low, high = q.T @ g, values[-1], values[-1] + g.norm() / rho
+    for _ in range(200):
+        mu = (low + high) / 2
+        low, high = (mu, high) if (c / (mu - values)).norm() > rho else (low, mu)
+    e = q @ (c / (high - values))
+    return float(g @ e + e @ A @ e / 2)
+
+
+@pytest.mark.parametrize("least", (0.1, -9.0))
+def test_sam_sharpness_is_the_maximum_over_the_ball(least):
+    A, rho = symmetric([7.0, 5, least, *torch.linspace(0.2, 4, 37)]), 0.3
+
+    def around(w):
+        loss, gradient = (lambda v: float(v @ A @ v / 2)), (lambda v: A @ v)
+        return measures.sam_sharpness(loss, gradient, w, rho, steps=100)
+
+    one_step, best = around(torch.zeros(40, dtype=f64))
+    assert one_step == 0 and best == pytest.approx(0.5 * 7 * rho**2, rel=1e-6)
+    w = 0.1 * normal(40, seed=1)
+    g, (one_step, best) = A @ w, around(w)
+    e = rho * g / g.norm()
+    assert one_step == pytest.approx(float(g @ e + e @ A @ e / 2), rel=1e-9)
+    assert best == pytest.approx(highest(A, g, rho), rel=1e-4) and best > one_step + 1e-3
+
+
+@pytest.mark.parametrize("name", ("mlp", "cnn", "convnet"))
+def test_every_filter_of_a_direction_has_the_norm_of_the_models(name):
+    model = network(name)
+    d = measures.filter_direction(model.w0, model.shapes, seed=3)
+    pairs = zip(models.unflatten(model.w0, model.shapes), models.unflatten(d, model.shapes))
+    for p, q in pairs:  # as [out, in, H, W], however w stores them
+        if p.dim() == 1:
+            assert not q.any()
+        else:
+            norms = p.flatten(1).norm(dim=1), q.flatten(1).norm(dim=1)
+            assert torch.allclose(*norms)
+            assert (F.cosine_similarity(p.flatten(1), q.flatten(1)).abs() < 0.999).all()
+    assert torch.equal(d, measures.filter_direction(model.w0, model.shapes, 3))
+    assert not torch.equal(d, measures.filter_direction(model.w0, model.shapes, 4))
+
+
+@pytest.mark.parametrize("name, side", (("mlp", 7), ("cnn", 28)))
+def test_slices_do_not_change_under_a_rescaling_of_relu_layers(name, side):
+    model = network(name, side, **({"width": 2, "hidden": 4} if name == "cnn" else {"hidden": 4}))
+    L, _ = sample(model, side, n=20)
+    scaled = [p.clone() for p in models.unflatten(model.w0, model.shapes)]
+    scaled[0], scaled[1], scaled[2] = 5 * scaled[0], 5 * scaled[1], scaled[2] / 5
+    at, slices, plain = measures.places(5), [], []
+    for w in (model.w0, models.flatten(scaled)):
+        d, e = (measures.filter_direction(w, model.shapes, seed) for seed in (0, 1))
+        along = measures.line(L.loss, w, d, at)
+        square = measures.plane(L.loss, w, d, e, at)
+        assert along[2] == square[2][2] == L.loss(w) and along[4] == L.loss(w + d)
+        assert square[0][3] == pytest.approx(L.loss(w - d + 0.5 * e), rel=1e-12)
+        slices.append(along + square[1])
+        plain.append(measures.line(L.loss, w, normal(len(w)) / len(w) ** 0.5, at))
+    assert at == [-1, -0.5, 0, 0.5, 1]
+    assert slices[0] == pytest.approx(slices[1], rel=1e-8) and np.std(slices[0]) > 1e-3
+    assert plain[0] != pytest.approx(plain[1], rel=1e-3)  # what the normalisation is for
+
+
+# ------------------------------------------------------------------------- clients' directions
+
+
+def federation(method=fl.FedAvg, compressor=None, task=None, rounds=1, **settings):
+    """A federation of the linear toy after some rounds."""
+    made = method(task or Linear(), seed=3, **({"lr": 0.1} | settings))
+    fed = fl.Federation(made, compressor or compress.Identity(f64), participation=3)
+    for _ in range(rounds):
+        fed.round()
+    return fed
+
+
+class Toy:
+    """The mean loss of all images of the toy, as a Sample."""
+
+    def __init__(self, task):
+        self.batch = torch.cat([b for i in range(len(task.sizes)) for b in task.everything(i)])
+        self.task = task
+
+    def gradient(self, w):
+        return fl.autograd(lambda v: self.task.loss(v, self.batch), w)
+
+
+def frozen(fed):
+    return copy.deepcopy((fed.w, fed.t, fed.bytes_up, fed.bytes_down, fed.informed, fed.memory))
+
+
+def test_alignment_at_the_model_that_was_sent():
+    fed = federation(lr=0.5)
+    L, before = Toy(fed.task), frozen(fed)
+    true = L.gradient(fed.w)
+    first = [fed.plan("train", i)[0] for i in fed.choose()]
+    own = [float(sam.unit(fed.method.gradient(fed.w, b)) @ sam.unit(true)) for b in first]
+    found = measures.alignment(fed, L, {"last_move": -3 * true}, steps=0)
+    assert found["own"] == pytest.approx(np.mean(own)) and found["last_move"] == pytest.approx(1)
+    assert found["synthetic"] is None and found["mixed"] is None
+    later = [measures.alignment(fed, L, steps=n)["own"] for n in (1, 99, None)]
+    assert later[0] != pytest.approx(found["own"]) and later[1] == later[2]
+    assert frozen(fed)[1:5] == before[1:5] and torch.equal(fed.w, before[0])
+
+
+def test_alignment_of_synthetic_data_and_of_the_blend():
+    fed = federation(
+        fl.FedSynSAM, warmup=2, window=1, ipc=1, outer_steps=1, inner_steps=1, rounds=3
+    )
+    task = fed.task
+    one_hot = 1e3 * F.one_hot(task.y, task.classes).to(f64)
+    fed.method.state = fed.method.state | {"X": task.x, "Y": one_hot}  # all images: u is true
+    found = measures.alignment(fed, Toy(task), steps=0, mix=0.25)
+    assert found["synthetic"] == pytest.approx(1)
+    assert found["own"] < found["mixed"] < 1
+
+
+@pytest.mark.parametrize("method", (fl.FedAvg, fl.SCAFFOLD, fl.FedLESAM))
+def test_the_move_without_compression_is_that_of_an_uncompressed_round(method):
+    plain = federation(method, rounds=2)
+    lossy = copy.deepcopy(plain)
+    lossy.compressor = compress.TopK(5, f64)
+    before = frozen(lossy)
+    meant, w = measures.move_without_compression(lossy), plain.w
+    plain.round()
+    assert torch.allclose(meant, plain.w - w)
+    assert str(frozen(lossy)) == str(before)  # nothing of the federation has changed
+    lossy.round()
+    assert not torch.allclose(meant, lossy.w - w)
+
+
+def test_disagreement_is_half_the_variance_of_the_clients_gradients():
+    task = Quadratics(
+        normal(4, 6, seed=1).abs(), normal(4, 6, seed=2), sizes=[1, 3, 2, 5], noise=0.1
+    )
+    w = normal(6, seed=3)
+    g = torch.stack([task.gradient(i, w) for i in range(4)])
+    r = 0.5 * ((g - g.mean(0)) ** 2).sum(1).mean()
+    assert measures.disagreement(task, w) == pytest.approx(float(r))
+    task.a[:], task.b[:] = task.a[0], task.b[0]
+    alike = Quadratics(task.a, task.b)
+    assert measures.disagreement(alike, w) == pytest.approx(0, abs=1e-12)
+
+
+def test_timing_a_local_step_changes_nothing():
+    fed = federation(fl.SCAFFOLD)
+    before = str(frozen(fed))
+    assert measures.seconds_of_a_step(fed, times=2) > 0 and str(frozen(fed)) == before
+
+
+# ------------------------------------------------------------------------------------ study
+
+
+def test_the_digest_of_code_does_not_see_comments_and_docstrings():
+    source = 'def f(x):\n    """Twice x."""\n    return 2 * x\n'
+    other = "def f(x):  # doubled\n    return 2 * x\n"
+    assert study.bare(source) == study.bare(other) != study.bare(other.replace("2", "3"))
+
+
+def test_a_folder_is_named_by_settings_and_watch_and_not_by_the_machine(tmp_path):
+    def name(watch=None, **changes):
+        return study.name_of(
+            run.resolve(**study.fitting(TINY, {"algo": "fedavg"} | changes)), watch
+        )
+
+    assert name() == name(threads=2) == name(checkpoint_every=9)
+    others = [name(rounds=4), name(seed=1), name({"every": 2, "names": ["eigenvalue"]})]
+    assert len({name(), *others}) == 4 and name().startswith("fedavg-s0-")
+
+
+def test_an_arm_takes_what_its_parts_have_and_its_own_must_be_legal():
+    found = study.fitting({"rho": 0.3, "alpha": 0.5, "rounds": 9}, {"algo": "fedavg"})
+    assert found == {"alpha": 0.5, "rounds": 9, "algo": "fedavg"}
+    assert study.fitting({"rho": 0.3}, {"algo": "fedsam"})["rho"] == 0.3
+    with pytest.raises(ValueError, match="rho"):
+        run.resolve(**study.fitting({}, {"algo": "fedavg", "rho": 0.1}))
+
+
+def test_two_processes_share_the_work(tmp_path):
+    tries = []
+
+    def busy_twice():
+        tries.append(1)
+        if len(tries) < 3:
+            raise study.Busy("somebody is here")
+        return "late"
+
+    assert study.shared([busy_twice, lambda: "early"], wait=0.01) == ["late", "early"]
+    with study.alone(tmp_path / "x"), pytest.raises(study.Busy), study.alone(tmp_path / "x"):
+        raise AssertionError
+    with study.alone(tmp_path / "x"):
+        pass
+
+
+class Two(claims.Claim):
+    """Two arms, in seconds."""
+
+    says, refuted, source = "small things are small", "they are large", "nobody"
+
+    def arms(self, task):
+        synthetic = {"algo": "dynafed", "finetune_epochs": 0}
+        return {"a": synthetic, "b": synthetic | {"compress": "identity"}}
+
+    def watch(self, task):
+        return {"every": 2, "names": ["eigenvalue", "alignment"]}
+
+    def measures(self, seed):
+        return {"trace": {"samples": 2}, "slice": {"points": 3}}
+
+    def rules(self, table):
+        return [claims.rule("a minus b", "a", "b", m) for m in ("accuracy", "trace")]
+
+
+def without_time(rows):
+    """Rows without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "machine")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The rows of the claim above, and the folder of its runs."""
+    root = tmp_path_factory.mktemp("whole")
+    return without_time(study.conduct(Two("quick"), root, threads=1)), root
+
+
+def test_a_row_has_all_that_was_measured(whole):
+    rows, root = whole
+    assert [row["arm"] for row in rows] == ["a", "b"]
+    assert all(len(row["slice"]) == 3 and row["trace"] for row in rows)
+    seen = [line for line in rows[0]["log"] if "alignment" in line]
+    assert [line["round"] for line in seen] == [2, 4]
+    assert all(-1 <= line["alignment"]["last_uncompressed"] <= 1 for line in seen)
+    last = seen[1]["alignment"]
+    assert last["synthetic"] is not None and last["last_move"] != last["last_uncompressed"]
+    uncompressed = rows[1]["log"][-1]["alignment"]
+    assert uncompressed["last_move"] == pytest.approx(uncompressed["last_uncompressed"], rel=1e-4)
+    assert rows[0]["eigenvalue"] == pytest.approx(seen[1]["eigenvalue"], rel=1e-5)
+
+
+def test_a_finished_study_does_nothing_and_a_new_measure_needs_no_training(whole, monkeypatch):
+    rows, root = whole
+    monkeypatch.setattr(fl.Federation, "round", lambda self: pytest.fail("it trains again"))
+    assert without_time(study.conduct(Two("quick"), root, threads=1)) == rows
+    new = {"eigenvalues": {}}
+    monkeypatch.setattr(Two, "measures", lambda self, seed: new)
+    again = study.conduct(Two("quick"), root, threads=1)
+    assert all(row["largest"] >= row["smallest"] for row in again)
+    assert [row["trace"] for row in rows] != [row.get("trace") for row in again]
+
+
+@pytest.mark.parametrize("after", (1, 3))
+def test_a_study_that_was_killed_continues_to_the_same_rows(whole, after, tmp_path, monkeypatch):
+    call, rounds = fl.Federation.round, []
+
+    def killed(self):
+        rounds.append(1)
+        if len(rounds) == after + 1:
+            raise KeyboardInterrupt
+        call(self)
+
+    one = Two("quick")
+    one.arms = lambda task: {"a": Two("quick").arms(task)["a"]}
+    monkeypatch.setattr(fl.Federation, "round", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.conduct(one, tmp_path, threads=1, checkpoint_every=1)
+    assert without_time(study.conduct(one, tmp_path, threads=1)) == whole[0][:1]
+
+
+def test_a_run_that_diverges_is_a_row_and_stays_one(tmp_path):
+    claim = Two("quick")
+    claim.arms = lambda task: {"a": {"algo": "fedavg", "lr": 1e30, "clip": 0.0}}
+    for _ in range(2):
+        (row,) = study.conduct(claim, tmp_path, threads=1)
+        assert "not finite" in row["diverged"] or "loss" in row["diverged"]
+    table = study.frame([row], run.resolve())
+    assert "1, 1 diverged" in verdicts.arms_text(table, ["accuracy"])
+
+
+def test_eigenvalues_are_compared_where_the_losses_are_equal():
+    def log(*pairs):
+        return [{"train_loss": a, "eigenvalue": b} for a, b in pairs]
+
+    fast, slow = log((1.0, 10.0), (0.5, 20.0), (0.2, 30.0)), log((2.0, 5.0), (0.6, 40.0))
+    # fast passes 0.6 at 4/5 of the way from 10 to 20
+    assert study.excess_of(slow, fast) == pytest.approx(40 - 18)
+    assert study.excess_of(fast, slow) == pytest.approx(18 - 40)
+    assert study.excess_of(fast, fast) == 0
+    assert np.isnan(study.excess_of(log((3.0, 1.0), (1.5, 2.0)), fast))  # passed before round one
+
+
+def test_accuracy_at_equal_bytes_is_that_of_the_rounds_until_then():
+    def log(step):
+        return [{"up": step * t, "test_acc": t / 100} for t in range(1, 11)]
+
+    table = pd.DataFrame({"up": [10, 20], "log": [log(1), log(2)]})
+    assert study.at_equal_bytes(table, last=3).tolist() == pytest.approx([9, 4])
+
+
+# ----------------------------------------------------------------------------------- claims
+
+
+@pytest.mark.parametrize("size", study.SIZES)
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_every_arm_of_every_size_is_legal_and_of_its_own(name, size):
+    claim = claims.CLAIMS[name](size)
+    for task, shared in claim.tasks().items():
+        arms = claim.arms(task)
+        resolved = [run.resolve(**study.fitting(shared, own)) for own in arms.values()]
+        assert len({json.dumps(settings, sort_keys=True) for settings in resolved}) == len(arms)
+        watch = claim.watch(task)
+        assert watch is None or all(s["rounds"] % watch["every"] == 0 for s in resolved)
+        assert any(a.startswith(claim.baseline(a)) for a in arms)
+    assert set(claim.measures(0)) <= set(measures.MEASURES)
+    assert {*claim.columns, *claim.panels} <= set(verdicts.MEASURES)
+    assert (
+        claim.says
+        and claim.refuted
+        and claim.source
+        and claim.seeds == (1 if size == "quick" else 3)
+    )
+
+
+@pytest.mark.parametrize("size, d", (("cpu", 50890), ("gpu", 308746)))
+def test_messages_of_equal_bytes_are_of_equal_bytes(size, d):
+    claim, x = claims.FedSynth(size), normal(d).float()
+    for label, own in claim.arms(next(iter(claim.tasks()))).items():
+        if "bytes" in label and own["algo"] == "fedavg":
+            budget = int(re.search(r"([\d,]+) bytes", label)[1].replace(",", ""))
+            part = {"randk": compress.RandK, "topk": compress.TopK}[own["compress"]]
+            sent = len(part(k=own["k"]).encode(x, torch.Generator().manual_seed(0)))
+            least = 0.99 if size == "cpu" or own["compress"] == "randk" else 0.9
+            assert least * budget < sent <= budget, label
+
+
+def test_fedsynth_sends_as_many_bytes_as_its_label_says(tmp_path):
+    claim = claims.FedSynth("quick")
+    label, own = next((x, own) for x, own in claim.arms("").items() if x.startswith("FedSynth"))
+    settings = study.fitting(claim.tasks()[""], own) | {"threads": 1, "rounds": 1}
+    sent = run.experiment(**settings).result["up"] / settings["participation"]
+    assert f"{sent:,.0f} bytes" in label
+
+
+STORED = claims.stored_claims(RESULTS)
+TABLES = {name: claims.tables(*pair) for name, pair in STORED.items()}
+PARTS = {name: part for name, (_, part) in STORED.items()}
+OLDER = {heading: name for name, (heading, _) in verdicts.MEASURES.items()}
+OLDER |= {"minus without compression, at equal loss": "excess", "own gradient": "cos_own"}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_rows_give_the_stored_table(name):
+    """The tables in results/*.json, with standard deviations, are of the version that made them."""
+    checked = 0
+    for task, old in PARTS[name].get("worlds", {}).items():
+        lines = [line.strip("|").split("|") for line in old["table"].splitlines()]
+        heads = [OLDER.get(cell.strip()) for cell in lines[0]]
+        for cells in lines[2:]:
+            rows = TABLES[name][task]
+            rows = rows[rows.arm == cells[0].strip()]
+            for measure, cell in zip(heads, cells):
+                found = re.fullmatch(r"\s*([-+\d.,]+) ± ([\d.,]+)\s*", cell)
+                if measure and found:
+                    mean, spread = (float(x.replace(",", "")) for x in found.groups())
+                    digits = len(found[1].partition(".")[2])
+                    error = 0.51 * 10**-digits
+                    assert rows[measure].mean() == pytest.approx(mean, abs=error)
+                    assert rows[measure].std() == pytest.approx(spread, abs=error)
+                    checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize(
+    "name, claimed, word",
+    [
+        ("sharpness", {("excess", 1, 0): 16}, "No significant difference"),
+        ("alignment", {("cos_synthetic", 1, 0): 16, ("cos_last_move", -1, 0): 6}, "Holds in part"),
+        ("accuracy", {("accuracy", 1, 0): 6}, "Refuted"),
+        ("hyper", {("accuracy", 1, 1): 10}, "Holds in part"),
+        ("fedsynth", {("accuracy", 1, 1): 2}, "No significant difference"),
+        ("gradalign", {("r", -1, 0): 2, ("accuracy", 1, 0): 2}, "No significant difference"),
+        ("man", {("eigenvalue", -1, 0): 4, ("accuracy", 1, 0): 4}, "No significant difference"),
+        ("oracle", {("accuracy", 1, 0): 1}, "No significant difference"),
+    ],
+)
+def test_what_is_claimed_and_what_the_stored_rows_say(name, claimed, word):
+    found, verdict = claims.judged(STORED[name][0], TABLES[name][""])
+    kinds = [(c.measure, c.sign, c.margin) for c in found[found.sign != 0].itertuples()]
+    assert {kind: kinds.count(kind) for kind in kinds} == claimed and verdict == word
+
+
+def invented(table, rules, effect, noise):
+    """The table with numbers in which every rule's difference has sign(effect) times its sign."""
+    heights, up = {}, np.sign(effect)
+    for _ in rules:  # raise one of each pair until all differences are there
+        for r in rules:
+            low, high = (r.second, r.first) if r.sign * up > 0 else (r.first, r.second)
+            heights[high] = max(heights.get(high, 0), heights.setdefault(low, 0) + abs(effect))
+    table, rng = table.copy(), np.random.default_rng(0)
+    for value, height in heights.items():
+        here = table.arm == value.arm
+        table.loc[here, value.measure] = height + noise * rng.standard_normal(here.sum())
+        table.loc[here, value.measure] += 100.0 * table.seed[here]  # what the seeds share
+    return table
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize(
+    "effect, noise, word",
+    [
+        (3, 1e-4, "Holds"),
+        (-3, 1e-4, "Refuted"),
+        (0, 30, "No significant difference"),
+    ],
+)
+def test_verdicts_follow_the_rows(name, effect, noise, word):
+    claim = STORED[name][0]
+    (table,) = TABLES[name].values()
+    rules = [r for r in claim.rules(table) if r.sign]
+    table = invented(table, rules, effect, noise)
+    assert verdicts.verdict(verdicts.compare(table, rules).outcome) == word
+    single = table[table.seed == 0]
+    assert verdicts.verdict(verdicts.compare(single, rules).outcome) == "Not decided"
+
+
+def test_a_claim_from_its_command_to_its_files(tmp_path, capsys):
+    words = ["oracle", "--size", "quick", "--threads", "1", "--out", str(tmp_path / "runs")]
+    words += ["--results", str(tmp_path)]
+    assert claims.main(words) == 0
+    out = capsys.readouterr().out
+    assert "**Not decided.**" in out and "| oracle |" in out and "too few seeds" in out
+    part = json.loads((tmp_path / "oracle.json").read_text())["quick"]
+    assert part["command"] == "python -m lab.claims oracle --size quick"
+    assert [row["arm"] for row in part["rows"]] == list(claims.Oracle("quick").arms(""))
+    assert part["machines"][0]["torch"] == torch.__version__
+    assert (tmp_path / "oracle.png").stat().st_size > 10_000
+    assert claims.main(words) == 0 and capsys.readouterr().out == out
+
+
+# ------------------------------------------------------------------------- report and figures
+
+
+def test_the_report_is_that_of_the_stored_rows_and_notes():
+    text = report.written(RESULTS)
+    assert text == (RESULTS / "README.md").read_text(), "run python -m lab.report"
+    for name in STORED:
+        assert f"## {name}\n" in text and f"python -m lab.claims {name} --size cpu" in text
+    assert not re.search(r"\{[^{}]*\|[^{}]*\}", text)  # every place of the notes is filled in
+
+
+def test_numbers_in_notes_are_means_and_paired_differences():
+    table = pd.DataFrame(runs("a (lr 1)", [1.0, 2.0, 3.0]) + runs("b", [0.0, 1.0, 2.5]))
+    assert report.filled("{a | accuracy} %", table) == "2.00 ± 2.48 %"
+    low, high = verdicts.interval([1.0, 1.0, 0.5])[1:]
+    assert report.filled("{a - b | accuracy}", table) == f"+0.83 [{low:+.2f}, {high:+.2f}]"
+    for wrong in ("{c | accuracy}", "{a | acuracy}"):
+        with pytest.raises(ValueError, match="known"):
+            report.filled(wrong, table)
+
+
+def test_figures_are_drawn_with_runs_that_are_missing(tmp_path):
+    claim, (table,) = STORED["hyper"][0], TABLES["hyper"].values()
+    table = table.copy()
+    table.loc[table.arm == "mix 1", "accuracy"] = np.nan
+    figures.draw_claim(tmp_path / "a.png", claim, table, *claims.judged(claim, table))
+    figures.draw_overview(tmp_path / "b.png", {"hyper": (claim, table)})
+    figures.landscapes_of_rows(
+        tmp_path / "c.png", TABLES["sharpness"][""], ("Dir 0.1, none", "Dir 0.1, 2 bits")
+    )
+    assert all((tmp_path / f"{x}.png").stat().st_size > 10_000 for x in "abc")
+
+
+def test_two_stored_models_side_by_side(whole, tmp_path, capsys):
+    folders = [str(path) for path in sorted(whole[1].glob("dynafed-*")) if path.is_dir()]
+    words = ["landscape", *folders, "--points", "3", "--out", str(tmp_path / "two.png")]
+    assert figures.main(words) == 0 and (tmp_path / "two.png").stat().st_size > 10_000
+    assert figures.main(["landscape", folders[0]]) == figures.main([*words, "--points", "4"]) == 2
+    assert measures.main([folders[0], "trace"]) == 0 and "trace_error" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- tuning and presets
+
+
+def test_tuning_picks_the_best_on_validation_images():
+    seen = []
+
+    def score(s):  # best at lr 0.1, rho 0.2, but only at the end
+        seen.append(s)
+        late = s["rounds"] == 60
+        if s["lr"] == s["rho"] == 0.2:
+            return None
+        return 0.9 - abs(s["lr"] - 0.1) - (0.2 - s["rho"] if late else abs(0.1 - s["rho"])) / 10
+
+    tried = tune.halving("fedsam", {}, score)
+    assert tried[-1][:2] == (60, {"lr": 0.1, "rho": 0.2}) and len(tried) == 12
+    assert [s["rounds"] for s in seen] == [20] * 9 + [60] * 3 and {s["seed"] for s in seen} == {100}
+    assert {(s["lr"], s["rho"]) for s in seen[9:]} == {(0.1, rho) for rho in (0.05, 0.1, 0.2)}
+    with pytest.raises(ValueError, match="diverged"):
+        tune.halving("fedsam", {}, lambda s: None)
+
+
+@pytest.mark.parametrize("algo", tune.GRID)
+def test_every_grid_is_nine_legal_settings(algo):
+    found = tune.grid_of(algo)
+    assert len({json.dumps(s) for s in found}) == 9
+    for size in study.SIZES:
+        shared = study.fitting(next(iter(study.TASKS[size].values())), {"algo": algo})
+        (first, nine), (last, three) = tune.stages(run.resolve(**shared))
+        assert first <= last and (nine, three) == (9, 3)
+        assert all(run.resolve(**shared | {"rounds": first} | s) for s in found)
+
+
+def test_every_method_has_a_grid():
+    only_parents = {"aligned", "distilling"}
+    assert set(run.parts("algo")) - only_parents <= set(tune.GRID)
+
+
+def test_a_score_of_tuning_is_the_validation_accuracy_of_a_run(tmp_path):
+    settings = study.fitting(TINY, {"algo": "fedavg", "seed": 100})
+    score = tune.accuracy_of(tmp_path, settings)
+    assert score == run.experiment(**settings).result["val_acc"]
+    assert tune.accuracy_of(tmp_path, settings | {"lr": 1e30, "clip": 0.0}) is None
+
+
+def test_winners_are_kept_and_used_by_the_claim(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "accuracy_of", lambda root, s: s["lr"] * s["server_lr"])
+    words = ["fedavg", "--size", "quick", "--results", str(tmp_path)]
+    assert tune.main(words) == 0 and "lr 0.2, server_lr 1.4" in capsys.readouterr().out
+    path = tmp_path / "tuned.json"
+    (entry,) = tune.entries(path)
+    assert entry["command"] == "python -m lab.tune fedavg --size quick"
+    assert len(entry["tried"]) == 12 and entry["settings"] == {"lr": 0.2, "server_lr": 1.4}
+    tune.enter(path, entry | {"size": "cpu", "settings": {"lr": 0.05}})
+    tune.enter(path, entry | {"size": "cpu", "settings": {"lr": 0.07}})
+    assert len(path.read_text().splitlines()) == 4  # a line each, between brackets
+    arms = claims.Accuracy("cpu", tmp_path).arms("")
+    assert arms["fedavg (lr 0.07)"]["lr"] == 0.07 and "fedsam (not tuned)" in arms
+    assert tune.winner(RESULTS / "tuned.json", "cpu", "", "fedsmoo") == {"lr": 0.1, "prox": 0.1}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_cell_of_a_published_table_can_be_run(name):
+    preset = presets.PRESETS[name]
+    for algo, row in preset.published.items():
+        for column, accuracy in row.items():
+            settings = presets.settings_of(name, algo, column)
+            resolved = run.resolve(**settings)
+            assert 1 < accuracy < 100 and resolved["compress"] == "identity"
+            if "prox_clip" in resolved:  # the released code does not clip the proximal term
+                assert resolved["prox_clip"] is False
+            assert resolved.get("man", 0) == (0.15 if column.endswith("man") else 0)
+
+
+def test_published_numbers_and_settings_of_single_methods():
+    wmsam = presets.PRESETS["fedwmsam-cifar10"].published
+    assert wmsam["fedwmsam"] == {"0.6": 83.56, "0.1": 76.64, "6cl": 84.43, "3cl": 74.46}
+    assert presets.settings_of("fedwmsam-cifar10", "fedsam", "0.1")["rho"] == 0.01
+    assert presets.settings_of("fedwmsam-cifar10", "fedsmoo", "0.1")["rho"] == 0.1
+    pathological = presets.settings_of("fedwmsam-fmnist", "fedavg", "6cl")
+    assert (pathological["partition"], pathological["classes_per_client"]) == ("shards", 6)
+    dynafed = presets.settings_of("dynafed-cifar10", "dynafed-adam", "0.16")
+    # a loss that is divided by 10 classes: step size and its rate are a tenth
+    assert (dynafed["syn_step"], dynafed["rate_step"]) == (0.04 / 10, pytest.approx(1e-5 / 10))
+    assert dynafed["finetune_epochs"] == 15
+    assert presets.settings_of("flsimulator-cifar10", "fedavg", "iid/200")["clients"] == 200
+
+
+def test_a_preset_from_its_command_to_its_row(tmp_path, capsys):
+    small = "dataset=bundled rounds=1 clients=20 participation=2 local_epochs=1 prox_clip=true"
+    words = ["fedwmsam-fmnist", "--algo", "feddyn", "fedsmoo", "--column", "0.1", "--seeds", "1"]
+    words += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--set", *small.split()]
+    assert presets.main(words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\| fedsmoo \| 0.1 \| 83.37 \| \d+.\d+ \| .*prox_clip: true", out)
+    assert re.search(r"\| feddyn \| 0.1 \| - \|", out)  # not in this table
+    rows = json.loads((tmp_path / "fedwmsam-fmnist" / "rows.json").read_text())
+    assert presets.main(words) == 0
+    again = json.loads((tmp_path / "fedwmsam-fmnist" / "rows.json").read_text())
+    assert again == rows and rows[1]["published"] == 83.37
+
+
+@pytest.mark.parametrize(
+    "main, words, hint",
+    [
+        (claims.main, ["acuracy"], "accuracy"),
+        (claims.main, ["accuracy", "--size", "large"], "quick"),
+        (tune.main, ["fedsm", "--size", "quick"], "fedsam"),
+        (presets.main, ["fedwmsam"], "fedwmsam-"),
+        (presets.main, ["fedwmsam-fmnist", "--seeds", "0"], "at least 1"),
+        (presets.main, ["fedwmsam-fmnist", "--column", "0.7"], "0.6"),
+        (presets.main, ["fedwmsam-fmnist", "--set", "rho"], "NAME=VALUE"),
+        (presets.main, ["fedwmsam-fmnist", "--algo", "fedprix"], "fedprox"),
+        (measures.main, ["nowhere"], "no finished run"),
+        (measures.main, ["nowhere", "trac"], "did you mean trace"),
+        (figures.main, ["landscape", "one"], "two folders"),
+        (report.main, ["--results", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(main, words, hint, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert hint in err and err.count("\n") == 1 and "Traceback" not in err

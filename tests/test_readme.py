@@ -1,0 +1,183 @@
+"""What the README says is true: its code runs, its commands work, its numbers are measured."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fl
+import run
+from compress import TopK
+
+HERE = Path(__file__).parents[1]
+README = (HERE / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+TINY = (
+    "--clients 6 --participation 2 --local-steps 2 --batch 4 --width 2 --hidden 4 --val 20 "
+    "--measure-images 20 --rounds 3"
+).split()
+
+
+def block(mark):
+    """The code block of the README that contains this mark."""
+    (text,) = [text for _, text in BLOCKS if mark in text]
+    return text
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with mine.py, as a reader would have it; commands are run there."""
+    (tmp_path / "mine.py").write_text(block("class Blended"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_round_in_plain_pytorch_is_a_round_of_fl(monkeypatch):
+    monkeypatch.chdir(HERE)
+    plain = {}
+    exec(block("decoded = []"), plain)
+
+    class Task:
+        """The README's network and clients, as a task of fl.py."""
+
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(784, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+        )
+        w0, sizes = torch.nn.utils.parameters_to_vector(net.parameters()).detach(), [30] * 4
+
+        def loss(self, w, batch):
+            shapes, i = [p.shape for p in self.net.parameters()], int(batch[0, 0])
+            a, b, c, d = (v.view(s) for v, s in zip(w.split([s.numel() for s in shapes]), shapes))
+            hidden = torch.relu(plain["x"][i] @ a.T + b)
+            return torch.nn.functional.cross_entropy(hidden @ c.T + d, plain["y"][i])
+
+        def plan(self, client, generator):
+            return torch.full((plain["K"], 1, 4), client)
+
+        def steps(self, client):
+            return plain["K"]
+
+    method = fl.FedSAM(Task(), lr=plain["lr"], rho=plain["rho"], clip=0.0)
+    federation = fl.Federation(method, TopK(plain["k"]), participation=4)
+    federation.round()
+    assert torch.allclose(federation.w, plain["w"], atol=1e-7)
+    assert not torch.allclose(federation.w, Task.w0, atol=1e-4)
+
+
+def test_the_run_from_python_runs(capsys):
+    exec(block("outcome ="), {})
+    assert "torch.Size([54314])" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"(^|&& )python run.py", c)])
+def test_commands_of_run_work(command, mine, capsys):
+    words = shlex.split(command.rpartition("python run.py")[2])
+    if "--resume" in words:
+        run.main(["--algo", "fedavg", "--seeds", "2", "--name", "first", *TINY])
+        assert run.main(words) == 0
+    elif "--list" in words or "--help" in words:
+        code = run.main(words) if "--list" in words else 0
+        assert code == 0 and (code is not None)
+    else:
+        small = TINY if "fedsynsam" not in words and words else [*TINY, *SYNTHESIS]
+        assert run.main([word for word in words if word != "--quick"] + small) == 0
+        assert run.main([*words, "--out", "other", "--rho=nan"]) == 2
+    capsys.readouterr()
+
+
+SYNTHESIS = "--warmup 1 --window 1 --outer-steps 2 --inner-steps 2".split()
+
+
+def test_help_of_a_method_shows_its_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main("--algo fedprox --help".split())
+    assert stop.value.code in (0, None)
+    assert "--prox " in capsys.readouterr().out
+
+
+def test_torchrun_works(mine):
+    (command,) = [c for c in COMMANDS if c.startswith("torchrun")]
+    words = shlex.split(command)
+    words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    words[words.index("run.py")] = str(HERE / "run.py")
+    words.remove("--quick")
+    done = subprocess.run([*words, *TINY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+
+
+def test_a_method_of_your_own_keeps_the_rules(mine):
+    (command,) = [c for c in COMMANDS if "--method" in c]
+    words = [sys.executable, *shlex.split(command)[1:], "-n0", "-p", "no:cacheprovider"]
+    words = [str(HERE / word) if word == "test_all.py" else word for word in words]
+    words += ["-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
+    environment = dict(os.environ, PYTHONPATH=str(HERE))
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+# -------------------------------------------------------------------------- the table of methods
+
+
+def rows_of_methods():
+    """(name, up, down, gradients) for each method of the README's table; None: not said."""
+    rows = {}
+    for line in README.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        names = re.findall(r"`([a-z-]+)`", cells[0])
+        if len(cells) == 5 and names:
+            for k, name in enumerate(names):
+                numbers = [numbers_of(cell, k) for cell in cells[2:]]
+                rows[name] = numbers
+            for other in re.findall(r"[;(]`([a-z-]+)`[:)]", cells[1]):
+                rows[other] = None
+    return rows
+
+
+def numbers_of(cell, k):
+    """The k-th of the numbers in a cell, or the only one."""
+    numbers = [int(x) for x in cell.split(", ")] if cell else [None]
+    return numbers[k] if len(numbers) > 1 else numbers[0]
+
+
+def measured(name):
+    """(up, down, gradients): vectors of size d a client in its second round, gradients a step."""
+    settings = dict(algo=name, compress="identity", visit="plain", clients=4, participation=4)
+    settings |= dict(local_steps=2, batch=4, width=2, hidden=4, val=20, measure_images=20, rounds=3)
+    known = run.resolve(algo=name)
+    small = dict(warmup=1, window=1, outer_steps=2, inner_steps=2, fs_steps=2, oracle_images=20)
+    settings |= {n: value for n, value in small.items() if n in known}
+    federation, _ = run.compose(run.resolve(**settings))
+    for _ in range(2):
+        federation.round()
+    up, down, method = federation.bytes_up, federation.bytes_down, federation.method
+    count, gradient_of = [0], method.gradient_of
+
+    def counting(loss, w):
+        count[0] += 1
+        return gradient_of(loss, w)
+
+    method.gradient_of = counting
+    federation.round()
+    if "survey" in method.exchanges:
+        count[0] -= sum(len(federation.task.everything(i)) for i in range(4))
+    sent = 4 * 4 * len(federation.w)  # bytes of a vector from each client
+    return (federation.bytes_up - up) / sent, (federation.bytes_down - down) / sent, count[0] / 8
+
+
+def test_the_table_names_every_method():
+    assert set(rows_of_methods()) | {"aligned"} == set(run.parts("algo"))
+
+
+@pytest.mark.parametrize("name", sorted(run.parts("algo")))
+def test_the_table_counts_what_is_sent_and_computed(name):
+    told = rows_of_methods().get(name)
+    for number, found in zip(told or (), measured(name) if told else ()):
+        assert number is None or found == pytest.approx(number, abs=0.05)
