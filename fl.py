@@ -390,6 +390,10 @@ class Federation:
         self.m, self.feedback = participation, error_feedback
         if error_feedback and not getattr(compressor, "contractive", True):
             raise ValueError(f"error_feedback needs a contractive compressor, not {compressor}")
+        if error_feedback and not method.fed_back:
+            raise ValueError(
+                f"{type(method).__name__} has nothing for error_feedback to act on"
+            )
         self.weights = [1] * len(self.task.sizes) if average == "uniform" else self.task.sizes
         self.w, self.t = self.task.w0.clone(), 0
         self.bytes_up, self.bytes_down = 0, 0

@@ -194,18 +194,31 @@ def find(kind, name):
         return from_file(kind, Path(path), member)
     known = parts(kind)
     if kind == "algo" and "+" in name:
-        return type(name, tuple(find(kind, word) for word in name.split("+")), {})
+        return combined(name)
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; {closest(name, known)} (or FILE.py:NAME)")
     return known[name]
 
 
+def combined(name):
+    """The class NAME+NAME, whose parents are these methods."""
+    parents = tuple(find("algo", word) for word in name.split("+"))
+    try:
+        return type(name, parents, {})
+    except TypeError:  # of several kinds, and in several lines
+        message = "cannot be combined: one of them is there twice, or is a parent of a later one"
+        raise ValueError(f"{name} {message}") from None
+
+
 def from_file(kind, path, member):
     """The part called `member` in a file of the reader's own."""
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"there is no file {path} of Python code")
     label = "reader_" + path.stem  # a file called sam.py must not replace ours
-    loaded = sys.modules.get(label)
-    if loaded is None or loaded.__file__ != str(path.absolute()):
+    text, loaded = path.read_bytes(), sys.modules.get(label)
+    if loaded is None or loaded.text != text:  # otherwise its classes must stay the same objects
         loaded = sys.modules[label] = import_file(label, path)
+        loaded.text = text
     part = getattr(loaded, member, None)
     if part is None or not is_part(kind, part):
         raise ValueError(f"{path} has no {kind} called {member!r}")
@@ -214,8 +227,6 @@ def from_file(kind, path, member):
 
 def import_file(label, path):
     """The module in a file, under another name."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(label, path.absolute())
     module = importlib.util.module_from_spec(spec)
     try:
@@ -244,9 +255,7 @@ def resolve(**given):
     for name in given:
         if name not in settings:
             raise ValueError(f"{name} is no setting of this run; {who_has(name, settings)}")
-    T, m, N = settings["rounds"], settings["participation"], settings["clients"]
-    if m > N:
-        raise ValueError(f"participation = {m} is out of range; it must be in 1..{N} clients")
+    T = settings["rounds"]
     if settings.get("warmup", 0) >= T:
         raise ValueError(f"warmup = {settings['warmup']} must be below the number of rounds, {T}")
     return settings
@@ -269,6 +278,7 @@ def quick(settings):
     least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
     small = {n: max(low, round(settings[n] / 10)) for n, low in least.items() if n in settings}
     if "warmup" in settings:
+        small["warmup"] = min(small["warmup"], small["rounds"] - 1)
         small["window"] = min(settings["window"], small["warmup"])
         small["resynthesize"] = math.ceil(settings["resynthesize"] / 10)
     return settings | small | {"last": 1}
@@ -288,6 +298,9 @@ def compose(settings):
     clients = images.clients or split.partition(
         splitter, images.train.y, settings["clients"], seed, **of(splitter)
     )
+    m, N = settings["participation"], len(clients)  # the data may bring its own clients
+    if m > N:
+        raise ValueError(f"participation = {m} is out of range; it must be in 1..{N} clients")
     learnt = task.Images(model, images.train, clients, **of(task.Images))
     compressor = compressor(**of(compressor))
     compressor.encode(model.w0)  # k of top-k, for instance, may not fit
@@ -486,7 +499,9 @@ def digest_of(images):
 
 def machine():
     """Versions and hardware."""
-    source = b"".join(path.read_bytes() for path in sorted(HERE.glob("[!t]*.py")))
+    places = (HERE, *(HERE / name for name in ("vision", "methods", "codes", "scale")))
+    files = sorted(file for place in places for file in place.glob("*.py"))
+    source = b"".join(file.read_bytes() for file in files if file.name != "test_all.py")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "source": hashlib.sha256(source).hexdigest()[:8],
@@ -503,7 +518,7 @@ def agree(path, config):
     if not path.exists():
         return write(path, json.dumps(config, indent=1) + "\n")
     ours, theirs = flat(config), flat(read_json(path))
-    for name in {*ours, *theirs}:
+    for name in ours | theirs:  # the settings first, the hash last
         if ours.get(name) != theirs.get(name):
             old, new = theirs.get(name), ours.get(name)
             raise ValueError(f"{path} is of another run: {name} was {old!r}, and is {new!r} now")
@@ -592,16 +607,31 @@ def stored_settings(folder, **given):
     settings = read_json(Path(folder) / "config.json").get("settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder}/config.json has no settings")
-    for kind in PLACES:
-        label = settings.get(kind)
-        if ":" in str(label) and given.get(kind) != label:
-            raise ValueError(
-                f"{folder} uses {label}; to run this code, give {kind} = {label} again"
-            )
+    refuse_code(folder, settings, given.values())
     for name, value in given.items():
         if not changes_seconds(name) and value != settings.get(name):
             raise ValueError(f"{name} = {settings.get(name)} comes from the folder, and stays")
     return settings | given
+
+
+def refuse_code(folder, settings, given):
+    """ValueError if settings from a folder name code that is not among the words given."""
+    for kind in PLACES:
+        label = settings.get(kind)
+        if ":" in str(label) and label not in given:
+            raise ValueError(
+                f"{folder} uses {label}; to run this code, give {kind} = {label} again"
+            )
+
+
+def stored_runs(folder, given):
+    """The runs of the comparison in a folder {name: settings}; given: words of the command."""
+    runs = read_json(folder / "comparison.json")
+    for label, settings in runs.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"{folder}/comparison.json: {label} has no settings")
+        refuse_code(folder, settings, given)
+    return runs
 
 
 def load(folder, **given):
@@ -763,7 +793,7 @@ def read_command(argv):
 
 def new_folder(root, name, fallback):
     """A new folder root/name, or root/fallback, root/fallback-2, ...: nothing is overwritten."""
-    if name is not None and Path(name).name != name:
+    if name is not None and (Path(name).name != name or name == ".."):
         raise ValueError(f"name = {name!r} is no plain folder name; --out says where it goes")
     for n in range(1, 10**6):
         folder = root / (name or (fallback if n == 1 else f"{fallback}-{n}"))
@@ -775,20 +805,23 @@ def new_folder(root, name, fallback):
                 raise ValueError(
                     f"{folder} exists; choose another --name, or --resume it"
                 ) from None
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be made: {error.strerror}") from None
 
 
 def job_of(given):
     """What a command asks for: (folder, {name: settings} of its runs, is it a comparison?)."""
     root, name = given.pop("out", Path("runs")), given.pop("name", None)
     small, folder = given.pop("quick", False), given.pop("resume", None)
-    algos, seeds = given.pop("algo", [Run.algo]), given.pop("seeds", 1)
+    algos, seeds = given.pop("algo", []), given.pop("seeds", 1)
     if folder and (folder / "comparison.json").exists():
-        return folder, read_json(folder / "comparison.json"), True
+        return folder, stored_runs(folder, [*algos, *given.values()]), True
     if folder:
+        given |= {"algo": algo for algo in algos}
         return folder, {folder.name: stored_settings(folder, **given)}, False
     if not 1 <= seeds <= 1000:
         raise ValueError(f"seeds = {seeds} is out of range; it must be in 1..1000")
-    runs = runs_of(algos, seeds, given)
+    runs = runs_of(algos or [Run.algo], seeds, given)
     if small:
         runs = {label: quick(settings) for label, settings in runs.items()}
     several = len(runs) > 1

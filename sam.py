@@ -121,6 +121,8 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
     for j in range(steps):
         basis[j] = q
         r = times(q)
+        if not r.isfinite().all():
+            raise FloatingPointError("a product with the Hessian is not finite")
         diagonal.append(q @ r)
         for _ in range(2):  # twice is enough; without it, rounding destroys the orthogonality
             r = r - basis[: j + 1].T @ (basis[: j + 1] @ r)

@@ -18,7 +18,7 @@ import importlib
 import fl
 import run
 import sam
-from classroom.handout import EXERCISES
+from classroom.handout import EXERCISES, HIDDEN
 
 TASK = {"model": "mlp", "hidden": 16, "partition": "shards", "clients": 50, "rounds": 30}
 TASK |= {"participation": 5, "local_steps": 10, "lr": 0.1, "visit": "plain", "device": "cpu"}
@@ -28,16 +28,12 @@ NEEDED = ["qsgd", "perturb", "unroll", "fedsynsam", "man", "lanczos"]
 
 
 def fill_holes(answers, keys=NEEDED):
-    """Put the answers of a module into the holes of the chapters that are imported here."""
+    """Put the answers of a module into the holes of the chapters: functions, or whole classes."""
     for key in keys:
         for file, names in EXERCISES[key].asked.items():
             book = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-            for name in names:
-                owner, _, function = name.rpartition(".")
-                target = getattr(book, owner) if owner else book
-                source = getattr(answers, owner) if owner else answers
-                if target is not source:
-                    setattr(target, function, vars(source)[function])
+            for name in {name.split(".")[0] for name in names} - HIDDEN:
+                setattr(book, name, getattr(answers, name))
 
 
 def cosine(federation):
@@ -56,13 +52,13 @@ def cosine(federation):
     return sum(seen) / len(seen)
 
 
-def row(algo, seeds=2):
+def row(algo, compress, seeds=2):
     """A line of the board: {column: number}, means over the seeds."""
     rows = []
     for seed in range(seeds):
         known = run.settings_of(run.find("algo", algo))
         own = {name: value for name, value in SYNTHESIS.items() if name in known}
-        outcome = run.experiment(algo=algo, seed=seed, **TASK, **own)
+        outcome = run.experiment(algo=algo, compress=compress, seed=seed, **TASK, **own)
         result = outcome.result
         rows.append(
             {
@@ -79,9 +75,9 @@ def row(algo, seeds=2):
 def board(answers, seeds=2):
     """All lines of the board: {method: line}."""
     fill_holes(answers)
-    methods = {"FedSAM": "fedsam", "FedSynSAM": "fedsynsam", "Oracle": "oracle"}
-    lines = {name: row(algo, seeds) for name, algo in methods.items()}
-    return lines | {"Mine": row(answers.Mine, seeds)}
+    methods = {"FedSAM": "fedsam", "FedSynSAM": answers.FedSynSAM}
+    methods |= {"Oracle": "oracle", "Mine": answers.Mine}
+    return {name: row(algo, answers.QSGD, seeds) for name, algo in methods.items()}
 
 
 def table(lines):

@@ -473,7 +473,7 @@ def show_board(path):
     from classroom import board
 
     spec = importlib.util.spec_from_file_location("answers", path)
-    answers = importlib.util.module_from_spec(spec)
+    answers = sys.modules["answers"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(answers)
     try:
         print(board.table(board.board(answers)))

@@ -24,7 +24,7 @@
 # 3. An update as bytes
 # 4. What error feedback repairs
 # 5. What sharpness is
-# 6. SAM, and whose gradient it should climb
+# 6. SAM, and whose gradient it should follow
 # 7. Images that emerge from a trajectory
 # 8. FedSynSAM against its parents
 
@@ -81,10 +81,9 @@ SMALL |= {"lr": 0.1, "measure_images": 300, "eval_every": 2, "last": 3}
 
 
 def curve(outcome):
-    """Rounds, test accuracies in percent and megabytes sent up, where they were measured."""
+    """The rounds that were evaluated, and their test accuracies in percent."""
     rows = [row for row in outcome.log if "test_acc" in row]
-    up = [row["up"] / 1e6 for row in rows]
-    return [row["round"] for row in rows], [100 * row["test_acc"] for row in rows], up
+    return [row["round"] for row in rows], [100 * row["test_acc"] for row in rows]
 
 
 # %% [markdown]
@@ -110,8 +109,11 @@ for axis, (how, settings) in zip(
     for c in range(10):
         axis.bar(range(100), counts[:, c], 1.0, bottom, color=plt.cm.tab10(c), label=names[c])
         bottom += counts[:, c]
-    axis.set(ylabel="images", xlim=(-0.5, 99.5), title=f"{how} {settings or ''}")
-axes[0].legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.9))
+    values = ", ".join(f"{name} = {value}" for name, value in settings.items())
+    axis.set(ylabel="images", xlim=(-0.5, 99.5), title=f"{how} {values}")
+    axis.grid(False)
+handles, _ = axes[0].get_legend_handles_labels()
+figure.legend(handles, names, ncols=5, fontsize=8, loc="outside upper center")
 axes[-1].set_xlabel("client")
 plt.show()
 
@@ -152,7 +154,7 @@ def losses_on_the_way(outcome, steps=20):
 way = losses_on_the_way(apart)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
 for outcome, colour, label in ((alike, BLUE, "clients alike"), (apart, RED, "one class each")):
-    left.plot(*curve(outcome)[:2], color=colour, label=label)
+    left.plot(*curve(outcome), color=colour, label=label)
 left.set(xlabel="round", ylabel="test accuracy (%)")
 left.legend()
 for k, colour, label in ((0, GREEN, "own loss F_i"), (1, RED, "global loss F")):
@@ -231,11 +233,11 @@ for feedback, colour, label in ((False, RED, "top-k"), (True, BLUE, "top-k, erro
 
     sparse = {"compress": "topk", "k": 0.001, "error_feedback": feedback, "rounds": rounds(30)}
     outcome = run.experiment(**TEN, **sparse, algo="fedavg", watch=watch if feedback else None)
-    left.plot(*curve(outcome)[:2], color=colour, label=label)
+    left.plot(*curve(outcome), color=colour, label=label)
     if feedback:
         right.plot(range(1, len(norms) + 1), norms, color=colour)
 full = run.experiment(**TEN, algo="fedavg", compress="identity", rounds=rounds(30))
-left.plot(*curve(full)[:2], color=BLACK, ls=":", label="not compressed, 500 times the bytes")
+left.plot(*curve(full), color=BLACK, ls=":", label="not compressed, 500 times the bytes")
 left.set(xlabel="round", ylabel="test accuracy (%)")
 left.legend(fontsize=8)
 right.set(xlabel="round", ylabel="||residual||, mean of the clients", ylim=(0, None))
@@ -253,41 +255,63 @@ plt.show()
 # *Question.* Two models have nearly the same training loss. How do they differ, and who decided
 # that?
 #
-# Left: the loss along a random direction through each model, where every filter of the direction
-# has the norm of that filter of the model. Middle: the largest eigenvalue of the Hessian, which
-# is the curvature along the steepest direction, for four step sizes. Right: the training loss of
-# the same runs. (`sam.py`, `lab/measures.py`)
+# Runs with four step sizes. Left: the loss along a random direction through each model (every
+# filter of the direction has the norm of that filter of the model). Middle: along the direction in
+# which the loss is steepest, the top eigenvector of the Hessian. Right: the largest eigenvalue,
+# which is the curvature there, with the training loss below. Then the landscapes of the smallest
+# and the largest step size, spanned by the two directions. (`sam.py`, `lab/measures.py`)
 
 # %%
+rates, colours = (0.02, 0.05, 0.1, 0.2), (RED, GREY, GREEN, BLUE)
+at, near = measures.places(7 if QUICK else 21), measures.places(7 if QUICK else 21, span=0.7)
+
+
+def steepest(sample, w, products=20):
+    """About the top eigenvector of the Hessian: what H leaves of a random vector."""
+    H, v = sample.hessian(w), torch.randn(len(w), generator=torch.Generator().manual_seed(0))
+    for _ in range(products):
+        v = sam.unit(H(v))
+    return v
+
+
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
-rates = (0.02, 0.05, 0.1, 0.2)
-at = measures.places(7 if QUICK else 21)
-tops, train = [], []
-for lr, colour in zip(rates, (RED, GREY, GREEN, BLUE)):
+planes = {}
+for lr, colour in zip(rates, colours):
     flat = run.experiment(**SMALL | {"lr": lr}, algo="fedavg", partition="iid", rounds=rounds(30))
-    tops.append(flat.result["eigenvalue"])
-    train.append(flat.result["train_loss"])
+    w, r = flat.federation.w, flat.result
     sample = measures.sample_of(flat.federation, flat.data.train, 300)
-    direction = measures.directions(flat.federation)[0]
-    line = measures.line(sample.loss, flat.federation.w, direction, at)
-    left.plot(at, line, color=colour, label=f"lr = {lr}")
-left.set(xlabel="along a random direction", ylabel="training loss", ylim=(0, 4))
+    random, top = measures.directions(flat.federation)[0], steepest(sample, w)
+    left.plot(at, measures.line(sample.loss, w, random, at), color=colour, label=f"lr = {lr}")
+    middle.plot(near, measures.line(sample.loss, w, top, near), color=colour)
+    right.bar(f"{lr}\n({r['train_loss']:.2f})", r["eigenvalue"], color=colour)
+    if lr in (rates[0], rates[-1]):
+        planes[lr] = np.array(measures.plane(sample.loss, w, random, top, near[::2]))
+left.set(xlabel="along a random direction", ylabel="training loss", ylim=(0, 1.5))
+middle.set(xlabel="along the steepest direction", ylim=(0, 6))
+right.set(xlabel="learning rate (training loss)", ylabel="largest eigenvalue")
 left.legend(fontsize=8)
-for axis, heights, label in ((middle, tops, "largest eigenvalue"), (right, train, "training loss")):
-    axis.bar([str(lr) for lr in rates], heights, color=(RED, GREY, GREEN, BLUE))
-    axis.set(xlabel="learning rate", ylabel=label)
+plt.show()
+
+figure = plt.figure(figsize=(9, 4))
+a, b = np.meshgrid(near[::2], near[::2], indexing="ij")
+for k, (lr, plane) in enumerate(planes.items()):
+    axis = figure.add_subplot(1, 2, k + 1, projection="3d")
+    axis.plot_surface(a, b, np.minimum(plane, 6), cmap="viridis", vmin=0, vmax=6)
+    axis.set(zlim=(0, 6), xlabel="random", ylabel="steepest", title=f"lr = {lr}")
+    axis.set(xticks=(-0.5, 0, 0.5), yticks=(-0.5, 0, 0.5))
 plt.show()
 
 # %% [markdown]
-# The step size decides more about the eigenvalue than anything else in this tutorial: gradient
-# descent cannot stay in a valley whose curvature is above about 2 / lr, so a large step finds a
-# wide one. Remember this when a method is said to find flatter minima: was the learning rate the
-# same?
+# Along a random direction all four look alike; there are very many directions, and hardly any is
+# steep. The steepest one differs by a factor of five. The step size decides more about it than
+# anything else in this tutorial: gradient descent cannot stay where the curvature is above 2 / lr,
+# and with small batches it leaves long before that. Remember this when a method is said to find
+# flatter minima: was the learning rate the same?
 #
 # *Change.* Put `model="cnn"` into `SMALL` (and remove `hidden`). Does the order of the
 # eigenvalues stay?
 #
-# ## 6. SAM, and whose gradient it should climb
+# ## 6. SAM, and whose gradient it should follow
 #
 # *Question.* SAM takes its gradient at w + rho u / ||u||, where u should be the gradient of the
 # loss that is to become flat. That is the global loss. What does a client know of its gradient?
@@ -330,19 +354,21 @@ plt.show()
 
 # %% [markdown]
 # After a few steps a client is far from where the others want the model to be. Its own gradient
-# then points *away* from the gradient of the global loss: climbing along it lowers F. The way it
-# has walked points uphill, which is drift again, seen from the other side. (The first point of
-# the green line is 0: it has not walked yet.)
+# then points *away* from the gradient of the global loss: the perturbed point of FedSAM has a lower
+# global loss, not a higher one. The way that the client has made since it received w^t increases F:
+# this is drift again. And the reversed last move? It undoes what other clients did a round ago;
+# with five of twenty clients in a round, that lowers F. (The green line begins at 0, as the client
+# has not moved yet.)
 #
-# *Change.* Use `alike.federation` for `f`. Whose gradient should one climb if all clients look
+# *Change.* Use `alike.federation` for `f`. Whose gradient should one take if all clients look
 # alike?
 #
 # ## 7. Images that emerge from a trajectory
 #
 # *Question.* The server has no images. What can it learn from its own models w^0, w^1, w^2, ...?
 #
-# It looks for images on which gradient descent takes the same path. Below, two rows of ten
-# images, one of each class, after 0, 10, 50 and 150 steps of Adam; then the matching loss; then
+# It looks for images on which gradient descent takes the same path. Below, ten
+# images, one for each class, after 0, 20, 100 and 400 steps of Adam; then the matching loss; then
 # the cosine of the gradient on these images to the global gradient, at the points where clients
 # are. (`synth.py`)
 
@@ -352,7 +378,7 @@ start = run.experiment(
     **SMALL, **DISJOINT, algo="fedavg", rounds=rounds(8), watch=lambda f: trajectory.append(f.w)
 )
 f, settings = start.federation, synth.Synthesis()
-settings.ipc, stops = 1, (0, 10, 50, 150) if not QUICK else (0, 1, 2, 3)
+settings.ipc, stops = 1, (0, 20, 100, 400) if not QUICK else (0, 1, 2, 3)
 sample = measures.sample_of(f, start.data.train, 300)
 
 
@@ -376,12 +402,12 @@ for row, steps_made in zip(axes, stops):
         )
     }
     aligned.append(cosines(f, 10, own)["synthetic"])
-    for axis, image, name in zip(row, learnt.images, names):
+    for c, axis in enumerate(row):
+        image = learnt.images[c]
         axis.imshow(image[0], cmap="gray", vmin=-1.5, vmax=2.5)
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
-        if row is axes[0]:
-            axis.set_title(name, fontsize=8)
+        axis.set_title(names[c] if steps_made == 0 else "", fontsize=8)
     row[0].set_ylabel(f"{steps_made} steps", fontsize=8)
 plt.show()
 
@@ -428,7 +454,7 @@ for axis, (title, how) in zip(axes, SPLITS.items()):
     for (algo, settings), colour in zip(METHODS.items(), (BLACK, GREY, GREEN, RED)):
         outcome = run.experiment(**SMALL, **how, algo=algo, rounds=rounds(40), **settings)
         results.append((title, outcome.result))
-        axis.plot(*curve(outcome)[:2], color=colour, label=algo)
+        axis.plot(*curve(outcome), color=colour, label=algo)
     axis.set(xlabel="round", ylabel="test accuracy (%)", title=title)
 axes[0].legend(fontsize=8)
 plt.show()

@@ -1,8 +1,8 @@
 """Figures of stored rows, and of two models side by side.
 
-    python -m lab.figures                        results/*.png: every claim's own, all claims on one
-                                                 page (overview.png), a pair of landscapes
-    python -m lab.figures landscape A B          the landscapes of the runs in the folders A and B
+    python -m lab.figures A B     the loss landscapes of the runs in the folders A and B
+
+The figures of claims, and one of all claims, are drawn by lab.claims and lab.report.
 
 Every bar is a 95 % t-interval over the seeds (verdicts.py). seaborn's own bar is a bootstrap, which
 at three seeds is far too short. Small dots are single seeds. The bars of two arms may overlap
@@ -272,46 +272,20 @@ def landscapes_of_rows(path, table, arms):
 # -------------------------------------------------------------------------------------- the command
 
 
-def draw_all(results):
-    """All figures of the stored rows: the paths that were written."""
-    from lab import claims  # which imports this module
-
-    found, paths = {}, []
-    for name, (claim, part) in claims.stored_claims(results).items():
-        claims.draw(claim, part)
-        for task, table in claims.tables(claim, part).items():
-            paths.append(results / file_name(name, task))
-            found[f"{name} {task}".strip()] = claim, table
-    if found:
-        draw_overview(results / "overview.png", found)
-        paths.append(results / "overview.png")
-    if "sharpness" in found and "plane" in found["sharpness"][1]:
-        arms = ("Dir 0.1, none", "Dir 0.1, top 1 %")
-        landscapes_of_rows(results / "landscape.png", found["sharpness"][1], arms)
-        paths.append(results / "landscape.png")
-    return paths
-
-
 def main(argv=None):
     """The command: exit code 0 or 2."""
     p = run.Parser(prog="python -m lab.figures", description=__doc__.split("\n")[0])
-    p.add_argument("what", nargs="?", choices=["landscape"], default=None)
-    p.add_argument("folders", nargs="*", type=Path, help="two finished runs")
+    p.add_argument("folders", nargs=2, type=Path, help="two finished runs")
     p.add_argument("--out", type=Path, default=Path("landscape.png"))
     p.add_argument("--points", type=int, default=25, help="along each direction")
     p.add_argument("--span", type=float, default=1.0, help="how far, 1: a norm of the weights")
-    p.add_argument("--results", type=Path, default=run.HERE / "results")
     try:
         given = p.parse_args(argv)
-        if given.what and len(given.folders) != 2:
-            raise ValueError(f"landscape needs two folders of runs, and {len(given.folders)} came")
-        if given.what:
-            landscapes_of_folders(given.out, given.folders, given.points, given.span)
-        paths = [given.out] if given.what else draw_all(given.results)
+        landscapes_of_folders(given.out, given.folders, given.points, given.span)
     except (ValueError, OSError) as error:
         print(f"lab.figures: {error}", file=sys.stderr)
         return 2
-    print("\n".join(map(str, paths)))
+    print(given.out)
     return 0
 
 

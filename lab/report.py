@@ -222,18 +222,38 @@ ASIDES = ("accuracy", "val_accuracy", "test_loss", "eigenvalue", "mb_up", "mb_do
 DEFAULT = ("accuracy", "test_loss", "val_accuracy", "eigenvalue", "mb_up", "mb_down", "seconds")
 
 
+def draw_all(results):
+    """All figures of the stored rows: the paths that were written."""
+    found, paths = {}, []
+    for name, (claim, part) in claims.stored_claims(results).items():
+        claims.draw(claim, part)
+        for task, table in claims.tables(claim, part).items():
+            paths.append(results / figures.file_name(name, task))
+            found[f"{name} {task}".strip()] = claim, table
+    if found:
+        figures.draw_overview(results / "overview.png", found)
+        paths.append(results / "overview.png")
+    if "sharpness" in found and "plane" in found["sharpness"][1]:
+        arms = ("Dir 0.1, none", "Dir 0.1, top 1 %")
+        figures.landscapes_of_rows(results / "landscape.png", found["sharpness"][1], arms)
+        paths.append(results / "landscape.png")
+    return paths
+
+
 def main(argv=None):
     """The command: exit code 0 or 2."""
     p = run.Parser(prog="python -m lab.report", description=__doc__.split("\n")[0])
     p.add_argument("--results", type=Path, default=run.HERE / "results")
+    p.add_argument("--draw", action="store_true", default=False, help="all figures, too")
     try:
-        results = p.parse_args(argv).results
+        given = p.parse_args(argv)
+        results = given.results
         text = written(results)
     except (ValueError, OSError) as error:
         print(f"lab.report: {error}", file=sys.stderr)
         return 2
     run.write(results / "README.md", text)
-    print(results / "README.md")
+    print(results / "README.md", *(given.draw and draw_all(results) or []), sep="\n")
     return 0
 
 

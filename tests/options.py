@@ -5,12 +5,6 @@
 A test that takes the argument `method_class` runs once for every method, or for this one.
 """
 
-import importlib
-import importlib.util
-import pkgutil
-import sys
-from pathlib import Path
-
 import pytest
 
 
@@ -35,36 +29,17 @@ def pytest_collection_modifyitems(config, items):
 
 def methods_to_check(config):
     """The method of --method, or all methods of fl.py and methods/."""
+    import run
+
     wanted = config.getoption("--method")
-    return [method_of(wanted)] if wanted else every_method()
-
-
-def method_of(text):
-    """The class that FILE.py:CLASS names."""
-    import fl
-
-    file, _, name = text.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise pytest.UsageError(f"--method {text}: there is no file {file!r}; write FILE.py:CLASS")
-    spec = importlib.util.spec_from_file_location("reader_" + path.stem, path.absolute())
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    M = getattr(module, name, None)
-    if not (isinstance(M, type) and issubclass(M, fl.FedAvg)):
-        raise pytest.UsageError(f"--method {text}: {file} has no class {name} that inherits FedAvg")
-    return M
+    try:
+        return [run.find("algo", wanted)] if wanted else every_method()
+    except ValueError as error:
+        raise pytest.UsageError(f"--method {wanted}: {error}") from None
 
 
 def every_method():
-    """FedAvg and all classes in fl.py and methods/ that inherit it, by name."""
-    import fl
-    import methods
+    """FedAvg and all classes in fl.py and methods/ that inherit it."""
+    import run
 
-    names = [f"methods.{module.name}" for module in pkgutil.iter_modules(methods.__path__)]
-    found = {}
-    for module in [fl, *map(importlib.import_module, names)]:
-        for name, M in vars(module).items():
-            if isinstance(M, type) and issubclass(M, fl.FedAvg):
-                found[name] = M
-    return [found[name] for name in sorted(found)]
+    return list(run.parts("algo").values())

@@ -506,7 +506,13 @@ def test_the_board_runs_the_book_with_the_answers_in_its_holes(monkeypatch, caps
 
     monkeypatch.setattr(board, "TASK", board.TASK | {"rounds": 3, "measure_images": 20})
     monkeypatch.setattr(board, "SYNTHESIS", {"warmup": 2, "window": 2, "outer_steps": 2, "ipc": 1})
-    lines = board.board(wrong(Mine=fl.FedLESAM), seeds=1)
+    for module, name in ((fl, "FedSynSAM"), (task, "Images"), (compress, "QSGD")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back what is filled in
+
+    class Fresh(fl.FedSynSAM):  # as a student's: not the class that it stands for
+        pass
+
+    lines = board.board(wrong(Mine=fl.FedLESAM, FedSynSAM=Fresh), seeds=1)
     assert list(lines) == ["FedSAM", "FedSynSAM", "Oracle", "Mine"]
     assert lines["Mine"]["MB up"] == lines["FedSynSAM"]["MB up"]
     assert lines["Oracle"]["cosine"] > 0.8 and "Mine minus FedSynSAM" in board.table(lines)

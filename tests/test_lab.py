@@ -676,9 +676,9 @@ def test_figures_are_drawn_with_runs_that_are_missing(tmp_path):
 
 def test_two_stored_models_side_by_side(whole, tmp_path, capsys):
     folders = [str(path) for path in sorted(whole[1].glob("dynafed-*")) if path.is_dir()]
-    words = ["landscape", *folders, "--points", "3", "--out", str(tmp_path / "two.png")]
+    words = [*folders, "--points", "3", "--out", str(tmp_path / "two.png")]
     assert figures.main(words) == 0 and (tmp_path / "two.png").stat().st_size > 10_000
-    assert figures.main(["landscape", folders[0]]) == figures.main([*words, "--points", "4"]) == 2
+    assert figures.main([folders[0]]) == figures.main([*words, "--points", "4"]) == 2
     assert measures.main([folders[0], "trace"]) == 0 and "trace_error" in capsys.readouterr().out
 
 
@@ -796,7 +796,7 @@ def test_a_preset_from_its_command_to_its_row(tmp_path, capsys):
         (presets.main, ["fedwmsam-fmnist", "--algo", "fedprix"], "fedprox"),
         (measures.main, ["nowhere"], "no finished run"),
         (measures.main, ["nowhere", "trac"], "did you mean trace"),
-        (figures.main, ["landscape", "one"], "two folders"),
+        (figures.main, ["one"], "folders"),
         (report.main, ["--results", "nowhere"], "nowhere"),
     ],
 )

@@ -493,22 +493,6 @@ def test_check_method_lets_a_good_method_pass():
     check.check_method(Weaker)
 
 
-RHO, BETA, NO_GC = {"rho": 0.0}, {"beta": 0.0}, {"rho": 0.0, "gc_code": True}
-LIMITS = {
-    **{"FedSAM": RHO, "FedLESAM": RHO, "FedLESAM_Server": RHO, "FedASAM": RHO, "Oracle": RHO},
-    **{"GCSAM": NO_GC, "FedSynSAM": {"mix": 0.0}, "DynaFed": {"finetune_epochs": 0}},
-    **{"SCAFFOLD": {"variate": 0.0}, "FedProx": {"prox": 0.0}, "FedCM": {"momentum_alpha": 1.0}},
-    **{"GradAlign": BETA, "FedGA": BETA, "FedGloSS": RHO, "FedGAMMA": RHO, "FedSpeed": RHO},
-    **{"MoFedSAM": RHO, "FedSMOO": RHO},
-}
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_a_method_whose_knob_is_off_is_its_parent(name):
-    (M,) = (M for M in options.every_method() if M.__name__ == name)
-    check.check_off(M, LIMITS[name])
-
-
 def test_check_method_warns_of_a_move_that_lr_sum_does_not_fit():
     class Longer(FedAvg):
         def move(self, w, G, mine, lr):
@@ -516,20 +500,6 @@ def test_check_method_warns_of_a_move_that_lr_sum_does_not_fit():
 
     with pytest.warns(UserWarning, match="Longer: `move` is not w - lr G"):
         check.check_method(Longer)
-
-
-def test_the_option_method_reads_a_class_from_a_file(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("from fl import FedAvg\n\n\nclass Mine(FedAvg):\n    pass\n")
-    assert issubclass(options.method_of(f"{path}:Mine"), FedAvg)
-    for text, message in (
-        (f"{path}:Yours", "no class Yours that inherits FedAvg"),
-        ("nothing.py:Mine", "there is no file 'nothing.py'"),
-        ("Mine", "write FILE.py:CLASS"),
-    ):
-        with pytest.raises(pytest.UsageError, match=message):
-            options.method_of(text)
-    assert {FedAvg, SCAFFOLD, FedDyn} <= set(options.every_method())
 
 
 # ----------------------------------------------------------------------------------- measurements

@@ -325,7 +325,6 @@ def test_balanced_shares_are_doubly_stochastic_and_stay_skewed():
         ("finite", "dirichlet-class", 5, {"alpha": math.nan}),
         ("1..100", "iid", 101, {}),
         ("1..100", "iid", 0, {}),
-        ("did you mean 'dirichlet'", "dirichle", 5, {}),
         ("min_size", "dirichlet-class", 20, {}),
         ("cannot cover", "shards", 2, {}),
         ("it must be in 2..10", "shards", 5, {"classes_per_client": 11}),
@@ -563,7 +562,6 @@ class TooMany(Own):
         ("layer '1' is Dropout.*GroupNorm", shaky(nn.Dropout())),
         ("Noisy.*random", Noisy),
         (r"turns 2 images into \[2, 5\]; expected \[2, 4\]", TooMany),
-        ("did you mean 'resnet18'", "resnet"),
         ("at least 16x16", "lenet"),
     ],
 )

@@ -1,4 +1,5 @@
-# ---------------------------------------------------------------------------------------- run
+"""run.py: settings, parts, the folder of a run, killing and resuming, the command line."""
+
 import ast
 import fcntl
 import graphlib
@@ -24,7 +25,6 @@ from vision import data
 
 f64 = torch.float64
 
-# ---- run, to be pasted from here
 RUN_TINY = (
     dict(clients=5, participation=2, local_steps=2, batch=4, width=2, hidden=4, rounds=4)
     | dict(val=20, measure_images=20, eval_every=1, checkpoint_every=2, last=2, threads=1)
