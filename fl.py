@@ -21,7 +21,8 @@ hooks changed, here in the order of a round:
 
     server   first_state      what it keeps, before round 0
              prepare          its work before a round
-             broadcast        what every client receives; broadcast_once: only in its first round
+             broadcast        what every client receives
+             broadcast_once   what it receives in addition, once
     client   first_memory     what it remembers, before its first round
              start            where its steps begin
     K times  point            where the gradient is computed; a SAM method goes to w + e  (sam.py)
@@ -32,26 +33,29 @@ hooks changed, here in the order of a round:
     server   collect          what is averaged, made of the decoded upload of a client
              aggregate        the next global model
 
-Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `exchanges` (an
-upload before training, as in methods/alignment.py), `fed_back` (what error feedback is for).
+Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `exchanges`
+(names of methods, each of which ends with an upload; methods/alignment.py has one before "train"),
+`fed_back` (names of the vectors that error feedback is for).
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]
     g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
     u         ascent direction of SAM                                                          [d]
     update    end minus start of the K steps, about -K lr g: a descent direction, unlike g, u  [d]
-    lr_sum    sum of the learning rates of a client's K steps, so -update / lr_sum is a mean G;
-              under vmap it is a tensor
+    lr_sum    K lr, so -update / lr_sum is a mean G; under vmap it is a tensor
 
 Rules for a new method
     * Call super() in a hook and add to it (but replace `point` and `move`). Then methods combine:
       `class FedGAMMA(FedSAM, SCAFFOLD)` needs no body. Where both parents replace a hook, the left
       one counts.
+    * Add names of your own to what is sent, collected, kept and remembered. "update" belongs to all
+      parents: FedDyn sums it up. So send or collect another vector beside it, and in `aggregate`
+      pass `mean` on to super() as it is.
     * On a client, use only the settings, the arguments and self.gradient. What the server keeps
       (self.state) reaches a client through `broadcast`, so that its bytes count, and is in
       `received`.
-    * Never change `mine`, self.state's dict or a tensor in place; make a new one. The names in
-      `mine` are those that `first_memory` declares, uploads before training included.
+    * Never change `mine`, self.state's dict or a tensor in place; make a new one. `first_memory`
+      declares all names that `mine` will ever have.
     * No `if` on the value of a tensor, and no `train` of your own: under vmap (scale/visits.py) all
       clients are computed at once.
     * lr_sum assumes that `move` is w - lr G: SCAFFOLD and FedCM do not fit other moves (Adam).
@@ -88,12 +92,13 @@ from compress import Identity, with_feedback
 class FedAvg:
     """Federated averaging: the local step is w <- w - lr g.
 
-    `name: Annotated[type, "meaning", lowest, highest] = default` declares a setting.
+    `name: Annotated[type, "meaning", lowest, highest] = default` declares a setting. Both ends are
+    legal; None is no limit.
     Clipping is not part of the published algorithm; without it, a few clients diverge at large lr.
     """
 
     lr: Annotated[float, "learning rate of the local steps", 1e-12, None] = 0.2
-    lr_decay: Annotated[float, "lr is multiplied by this after every round", 1e-12, None] = 1.0
+    lr_decay: Annotated[float, "lr is multiplied by this after every round", 1e-12, 1] = 1.0
     server_lr: Annotated[float, "step size along the mean update", 1e-12, None] = 1.0
     clip: Annotated[float, "largest norm of G; 0: no clipping", 0, None] = 10.0
     weight_decay: Annotated[float, "adds weight_decay w to the clipped G", 0, None] = 0.0
@@ -127,18 +132,18 @@ class FedAvg:
         return {"w": w}
 
     def broadcast_once(self):
-        """What a client receives in addition, in its first round after it became new."""
+        """What a client receives in addition in its first round after `prepare` returned True."""
         return {}
 
     def collect(self, decoded, lr_sum):
-        """What is averaged, made of one client's decoded upload {name: [d]}: {name: tensor}."""
+        """What is averaged: the decoded upload of a client {name: [d]}, and what is made of it."""
         return decoded
 
     def aggregate(self, w, mean, lr_sum, share):
         """The next global model [d], from w [d] and the mean of what was collected {name: [d]}.
 
-        lr_sum is the mean over the clients of the round. share is their share of all N clients, so
-        share * mean is the contribution of this round to a mean over all clients.
+        lr_sum is the mean over the clients of the round, weighted as `mean` is. share is their
+        share of all N clients, so share * mean is what this round adds to a mean over all clients.
         """
         return w + self.server_lr * mean["update"]
 
@@ -214,8 +219,8 @@ class SCAFFOLD(FedAvg):
 
     Without clipping and weight decay, -update / lr_sum is the mean of the K directions g + c - c_i,
     so c_i' is the mean of the K gradients g. c is always the mean of the c_i of all N clients.
-    Error feedback is for the update only: c_i' - c_i is made of the decoded c_i, so it contains the
-    last error already, and would be corrected twice.
+    Error feedback is for the update only. If compression makes c_i wrong by some error, then the
+    next c_i' - c_i repairs it by itself, since it starts from the wrong c_i.
     """
 
     variate: Annotated[float, "factor of c - c_i; 0: no correction", 0, None] = 1.0
@@ -391,9 +396,7 @@ class Federation:
         if error_feedback and not getattr(compressor, "contractive", True):
             raise ValueError(f"error_feedback needs a contractive compressor, not {compressor}")
         if error_feedback and not method.fed_back:
-            raise ValueError(
-                f"{type(method).__name__} has nothing for error_feedback to act on"
-            )
+            raise ValueError(f"{type(method).__name__} has nothing for error_feedback to act on")
         self.weights = [1] * len(self.task.sizes) if average == "uniform" else self.task.sizes
         self.w, self.t = self.task.w0.clone(), 0
         self.bytes_up, self.bytes_down = 0, 0
@@ -413,10 +416,10 @@ class Federation:
 
         weight = sum(self.weights[i] for i in clients)
         lr_sum = lr * sum(self.weights[i] * self.task.steps(i) for i in clients) / weight
-        self.w = method.aggregate(self.w, mean, lr_sum, share=weight / sum(self.weights))
-        if not self.w.isfinite().all():
-            raise FloatingPointError(f"round {self.t}: the new global model is not finite")
-        self.t += 1
+        w = method.aggregate(self.w, mean, lr_sum, share=weight / sum(self.weights))
+        if not w.isfinite().all():
+            raise FloatingPointError(f"{self.place()}: the new global model is not finite")
+        self.w, self.t = w, self.t + 1
 
     def choose(self):
         """The clients of this round: m of N, without replacement."""
@@ -477,7 +480,7 @@ class Federation:
         purpose = "compressor" if work == "train" else work
         for j, (name, x) in enumerate(sent.items()):
             if not x.isfinite().all():
-                raise FloatingPointError(f"round {self.t}, client {i}: its {name} is not finite")
+                raise FloatingPointError(f"{self.place()}, client {i}: its {name} is not finite")
             generator = self.rng(purpose, self.t, i, j, device=x.device)
             if self.feedback and name in self.method.fed_back:
                 e = mine["residual of " + name]
@@ -507,6 +510,10 @@ class Federation:
             self.bytes_down += len(buffer) * receivers
             arrived[name] = wire.decode(buffer, x.numel()).view_as(x)
         return arrived
+
+    def place(self):
+        """Where the run is, for an error: large weights say that it diverged in earlier rounds."""
+        return f"round {self.t} (|w_j| up to {self.w.abs().max():.2g} at its start)"
 
     def rng(self, *purpose, device="cpu"):
         return rng(self.method.seed, *purpose, device=device)

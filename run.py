@@ -34,6 +34,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -42,13 +44,16 @@ import zipfile
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+if __name__ == "__main__":  # Ctrl-C during the slow imports: end, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fl
 import sam
-from scale import visits
+from scale import faults, visits
 from vision import data, models, plots, split, task
 
 try:
@@ -231,7 +236,7 @@ def import_file(label, path):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} does not import: {type(error).__name__}: {error}") from error
     return module
 
@@ -239,7 +244,7 @@ def import_file(label, path):
 def owners(given):
     """Everything that declares settings in a run with these parts."""
     chosen = [find(kind, given.get(kind, getattr(Run, kind))) for kind in PLACES]
-    return [Run, *chosen, fl.Federation, task.Images, *MACHINE]
+    return [Run, *chosen, fl.Federation, faults.Tolerant, task.Images, *MACHINE]
 
 
 def resolve(**given):
@@ -332,6 +337,9 @@ def visitor_of(settings, device):
     ranks = {"plain": visits.Ranks, "threads": visits.ThreadRanks, "vmap": visits.VmapRanks}
     wanted = {"plain": (), "threads": ("threads",), "vmap": ("chunk",)}[how]
     visitor = (ranks if "WORLD_SIZE" in os.environ else alone)[how]
+    if settings["on_bad_client"] == "drop" or settings["dropout"]:
+        visitor = type("Tolerant" + visitor.__name__, (faults.Tolerant, visitor), {})
+        wanted += ("on_bad_client", "dropout")
     return visitor, {name: settings[name] for name in wanted}
 
 
@@ -358,7 +366,7 @@ def experiment(folder=None, *, watch=None, **settings):
     federation, images = compose(settings)
     config = described(settings, images)
     sample = measured_images(images.train, settings["measure_images"])
-    with workplace(folder) as place:
+    with workplace(folder) as place, explained(settings):
         agree(place / "config.json", config)
         log, seconds = restore(folder or place, federation, config["hash"])
         write(place / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -367,25 +375,46 @@ def experiment(folder=None, *, watch=None, **settings):
         for _ in tqdm(todo, config["label"], disable=None if first_rank() else True):
             federation.round()
             log.append(row_of(federation, images, sample, settings))
-            with open(place / "log.jsonl", "a") as file:
-                file.write(json.dumps(log[-1]) + "\n")
+            add_line(place / "log.jsonl", log[-1])
             if watch:
                 watch(federation)
             if federation.t % settings["checkpoint_every"] == 0 or federation.t == todo.stop:
                 save(place, federation, log, config["hash"], time.perf_counter() - began)
         if not (place / "result.json").exists():
-            result = result_of(config, federation, log, sample)
-            result["seconds"] = time.perf_counter() - began
+            seconds = {"seconds": time.perf_counter() - began}
+            result = result_of(config, federation, log, sample) | seconds
             if place == folder:
                 draw(place, federation, log, config["label"], images)
-            write(place / "result.json", json.dumps(result, indent=1) + "\n")
-        return Outcome(read_json(place / "result.json"), log, federation, images)
+            write_json(place / "result.json", result)
+        result = read_result(place / "result.json", config)
+        return Outcome(result, log, federation, images)
+
+
+@contextlib.contextmanager
+def explained(settings):
+    """If a number stops being finite, say also which settings are not the defaults."""
+    try:
+        yield
+    except FloatingPointError as error:
+        declared = [item for part in owners(settings) for item in settings_of(part).items()]
+        floats = {name for name, s in declared if s.type is float and settings[name] != s.default}
+        chosen = ", ".join(f"{name} = {settings[name]:g}" for name in sorted(floats))
+        more = f"not the defaults: {chosen}" if chosen else "all settings of type float: defaults"
+        raise FloatingPointError(f"{error}; {more}") from None
+
+
+def add_line(path, row):
+    """Add a dict to log.jsonl."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def row_of(federation, images, sample, settings):
     """What the log says of the round that has just ended: {name: number}."""
     t = federation.t
     row = {"round": t, "up": federation.bytes_up, "down": federation.bytes_down}
+    if getattr(federation, "left_out", None):
+        row["left_out"] = federation.left_out
     if t % settings["eval_every"] == 0 or t == settings["rounds"]:
         for name, some in (("train", sample), ("val", images.val), ("test", images.test)):
             if len(some.y):
@@ -393,7 +422,8 @@ def row_of(federation, images, sample, settings):
                 loss, accuracy = task.evaluate(apply, federation.w, some, each=each)
                 row |= {f"{name}_loss": loss, f"{name}_acc": accuracy}
         if not math.isfinite(row["train_loss"]):
-            raise FloatingPointError(f"round {t}: the training loss is {row['train_loss']}")
+            where = f"after {t} rounds (|w_j| up to {federation.w.abs().max():.2g})"
+            raise FloatingPointError(f"{where}: the training loss is {row['train_loss']}")
     return row
 
 
@@ -427,6 +457,14 @@ def result_of(config, federation, log, sample):
         "down": federation.bytes_down,
         "bits": 8 * federation.bytes_up / sent,
     }
+
+
+def read_result(path, config):
+    """The dict of result.json.  ValueError if it is damaged, or of another run."""
+    result = read_json(path, sealed=True)
+    if result["settings"] != config["hash"]:
+        raise ValueError(f"{path} is of another run")
+    return result
 
 
 def eigenvalue(federation, images):
@@ -476,7 +514,7 @@ def described(settings, images):
         "files": {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()},
         "data": digest_of(images),
     }
-    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]
+    digest = checksum(numbers)[:8]
     label = f"{labels['algo'].rpartition(':')[2]}-s{settings['seed']}"
     return numbers | {"hash": digest, "label": label, "machine": machine()}
 
@@ -516,8 +554,8 @@ def machine():
 def agree(path, config):
     """Write config.json, or ValueError if there is one of another run."""
     if not path.exists():
-        return write(path, json.dumps(config, indent=1) + "\n")
-    ours, theirs = flat(config), flat(read_json(path))
+        return write_json(path, config)
+    ours, theirs = flat(config), flat(read_json(path, sealed=True))
     for name in ours | theirs:  # the settings first, the hash last
         if ours.get(name) != theirs.get(name):
             old, new = theirs.get(name), ours.get(name)
@@ -532,22 +570,49 @@ def flat(config):
     return settings | files | {name: config.get(name) for name in ("data", "hash")}
 
 
-def write(path, text):
-    """Write a file in one piece: it is there whole, or as it was before."""
-    with open(path.with_name(path.name + ".new"), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-
-
-def read_json(path):
-    """The dict in a file; ValueError that names the file if it cannot be read."""
+@contextlib.contextmanager
+def whole(path):
+    """Write a file of bytes in one piece: it is there whole, or as it was before."""
+    new = path.with_name(path.name + ".new")
     try:
+        with open(new, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except RuntimeError as error:  # so torch.save calls a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write(path, text):
+    """Write a file of text in one piece."""
+    with whole(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path, content):
+    """Write a dict, and its checksum with it."""
+    write(path, json.dumps(content | {"checksum": checksum(content)}, indent=1) + "\n")
+
+
+def checksum(content):
+    """The SHA-256 of a dict that can be written as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path, sealed=False):
+    """The dict in a file; sealed: as `write_json` wrote it.  ValueError that names the file."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe, for instance, would be waited for
+            raise ValueError("it is no file")
         content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-        raise ValueError("it holds no JSON object")
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        if sealed and content.pop("checksum", None) != checksum(content):
+            raise ValueError("its checksum is wrong")
+        return content
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
@@ -559,23 +624,23 @@ def save(place, federation, log, digest, seconds):
     """Write checkpoint.pt in one piece: what the next rounds depend on, and the log so far."""
     held = {name: getattr(federation, name) for name in CHECKPOINT}
     more = {"state": federation.method.state, "log": log, "hash": digest, "seconds": seconds}
-    with open(place / "checkpoint.new", "wb") as file:
+    with whole(place / "checkpoint.pt") as file:
         torch.save(held | more, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, place / "checkpoint.pt")
 
 
 def restore(place, federation, digest):
     """Go back to checkpoint.pt if there is one: (rows of the log, seconds that the run has taken).
 
     The checkpoint holds the log, so the two cannot disagree after a kill. ValueError if the file is
-    damaged (torch.load does not look at the checksums in it) or of another run. It loads no code.
+    damaged (torch.load does not look at the checksums in it), of another run, or if what it holds
+    does not fit. It loads no code.
     """
     path = place / "checkpoint.pt"
     if not path.exists():
         return [], 0.0
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
@@ -585,9 +650,37 @@ def restore(place, federation, digest):
         for name in CHECKPOINT:
             setattr(federation, name, stored[name])
         federation.method.state = stored["state"]
-        return stored["log"], stored["seconds"]
+        if not fits(federation, stored["log"]):
+            raise ValueError("what it holds is not what a run writes")
+        return stored["log"], float(stored["seconds"])
     except Exception as error:  # torch raises many kinds
         raise ValueError(f"{path} is of no use: {error}") from None
+
+
+def fits(federation, log):
+    """Has the federation the shapes and types that rounds give it, and the log a row for each?"""
+    f, clients = federation, range(len(federation.weights))
+    received = f.method.broadcast(f.w) | f.method.broadcast_once()
+    at_first = f.recall(None, received)  # what a client remembers before its first round
+    end = log[-1] if log else {"round": 0, "up": 0, "down": 0}
+    return (
+        alike(f.w, f.task.w0)
+        and f.w.isfinite().all()
+        and len(log) == f.t == end["round"]
+        and (f.bytes_up, f.bytes_down) == (end["up"], end["down"])
+        and all(i in clients and alike(mine, at_first) for i, mine in f.memory.items())
+        and f.informed <= set(clients)
+        and alike(f.method.state, f.method.first_state())
+    )
+
+
+def alike(x, like):
+    """Have two things the same names, shapes and types? Nothing may have become anything."""
+    if isinstance(like, dict):
+        return x.keys() == like.keys() and all(alike(x[name], like[name]) for name in like)
+    if isinstance(like, torch.Tensor):
+        return (x.shape, x.dtype) == (like.shape, like.dtype)
+    return like is None or type(x) is type(like)
 
 
 def draw(place, federation, log, label, images):
@@ -604,7 +697,7 @@ def stored_settings(folder, **given):
     A folder is data and never code. If it names a part in a file of the reader's own, that file is
     imported only if the caller names it again, as in algo="mine.py:M".
     """
-    settings = read_json(Path(folder) / "config.json").get("settings")
+    settings = read_json(Path(folder) / "config.json", sealed=True).get("settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder}/config.json has no settings")
     refuse_code(folder, settings, given.values())
@@ -626,10 +719,10 @@ def refuse_code(folder, settings, given):
 
 def stored_runs(folder, given):
     """The runs of the comparison in a folder {name: settings}; given: words of the command."""
-    runs = read_json(folder / "comparison.json")
+    runs = read_json(folder / "comparison.json", sealed=True)
     for label, settings in runs.items():
-        if not isinstance(settings, dict):
-            raise ValueError(f"{folder}/comparison.json: {label} has no settings")
+        if not isinstance(settings, dict) or Path(label).name != label:
+            raise ValueError(f"{folder}/comparison.json: {label!r} is no run")
         refuse_code(folder, settings, given)
     return runs
 
@@ -721,13 +814,13 @@ def compare(folder, runs):
             outcome = experiment(folder and folder / name, **settings)
             results.append(outcome.result)
             logs.setdefault(outcome.result["algo"], []).append(outcome.log)
-        except (FloatingPointError, ValueError) as error:
+        except (FloatingPointError, ValueError, OSError) as error:
             complain(f"{name}: {error}")
             failed = 1
     if results and first_rank():
         plots.curve(folder / "curve.png", logs, folder.name)
         write(folder / "table.md", table(results) + "\n")
-        print(table(results), f"folder {folder}", sep="\n")
+        say(f"{table(results)}\nfolder {folder}")
     return failed
 
 
@@ -830,14 +923,31 @@ def job_of(given):
     if first_rank():
         folder = new_folder(root, name, "comparison" if several else next(iter(runs)))
         if several:
-            write(folder / "comparison.json", json.dumps(runs, indent=1) + "\n")
+            write_json(folder / "comparison.json", runs)
     return folder, runs, several
+
+
+def say(text, file=None):
+    """Print. If nobody can receive it (a closed pipe, a full disk), the work goes on."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:  # Python tries once more at the end, and then it must work
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def complain(text):
     """One line for the user."""
     if first_rank():
-        print(f"run.py: {text}", file=sys.stderr)
+        say("run.py: " + " ".join(str(text).split()), sys.stderr)
+
+
+def way_on(folder):
+    """What to do about a run that was cut off."""
+    names = ("config.json", "comparison.json")
+    if folder and any((folder / name).exists() for name in names):
+        return f"continue with: python run.py --resume {shlex.quote(str(folder))}"
+    return "there is nothing to continue"
 
 
 def main(argv=None):
@@ -846,7 +956,7 @@ def main(argv=None):
     try:
         given = read_command(argv)
         if "list" in given:
-            print(listing())
+            say(listing())
             return 0
         folder, runs, several = job_of(given)
         if several:
@@ -854,20 +964,24 @@ def main(argv=None):
         (settings,) = runs.values()
         outcome = experiment(folder, **settings)
         if first_rank():
-            print(card(outcome.result, folder))
+            say(card(outcome.result, folder))
         return 0
-    except ValueError as error:
+    except (ValueError, IsADirectoryError) as error:
         complain(error)
         return 2
-    except (FloatingPointError, OSError, visits.Lost) as error:
-        complain(f"{error}; continue with: python run.py --resume {folder}")
+    except FloatingPointError as error:  # it would happen again
+        complain(error)
         return 1
+    except (OSError, MemoryError, torch.OutOfMemoryError, visits.Lost) as error:
+        complain(f"{error}; {way_on(folder)}")
+        return 1 if folder or isinstance(error, visits.Lost) else 2
     except KeyboardInterrupt:
-        complain(f"interrupted; continue with: python run.py --resume {folder}")
+        complain(f"interrupted; {way_on(folder)}")
         return 130
     finally:
         visits.leave()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

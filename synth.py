@@ -118,7 +118,9 @@ def draw_segment(trajectory, window, average, generator):
             target = torch.stack(chosen).mean(0)
         if not torch.equal(target, trajectory[p]):
             return trajectory[p], target
-    raise FloatingPointError("the trajectory does not move; is lr or server_lr tiny?")
+    raise FloatingPointError(
+        "the trajectory does not move: its models are equal, so nothing can be learnt"
+    )
 
 
 def first_guess(settings, image_shape, classes, generator, like):

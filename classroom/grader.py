@@ -243,7 +243,16 @@ def events(lines, token):
         head, _, rest = line.partition(" ")
         if head == token:
             with contextlib.suppress(ValueError):
-                yield json.loads(rest)
+                yield json.loads(rest, object_hook=printable)
+
+
+def printable(event):
+    """An event whose texts hold nothing that could steer a terminal."""
+
+    def clean(text):
+        return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+    return {name: clean(x) if isinstance(x, str) else x for name, x in event.items()}
 
 
 def grade(text, files, exercises=tuple(EXERCISES), seconds=120, test_seconds=10):

@@ -41,7 +41,8 @@ a:focus-visible, pre:focus-visible { outline: 3px solid #d55e00; outline-offset:
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: 1rem; background: #fff; z-index: 3; }
 nav { position: sticky; top: 0; z-index: 2; background: #fff; border-bottom: 1px solid var(--line);
-      padding: .5rem 1rem; display: flex; gap: .3rem 1.1rem; overflow-x: auto; white-space: nowrap; }
+      padding: .5rem 1rem; display: flex; gap: .3rem 1.1rem; overflow-x: auto;
+      white-space: nowrap; }
 main { max-width: 1500px; margin: 0 auto; padding: 0 1rem 4rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 2px solid var(--ink); }
 h3 { font-size: 1.05rem; margin: .2rem 0 .4rem; } h4 { margin: 1.4rem 0 .3rem; }

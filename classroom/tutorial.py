@@ -78,6 +78,7 @@ def rounds(n):
 # What all runs of this tutorial have in common: twenty clients, five of them in each round.
 SMALL = {"model": "mlp", "hidden": 32, "clients": 20, "participation": 5, "local_steps": 20}
 SMALL |= {"lr": 0.1, "measure_images": 300, "eval_every": 2, "last": 3}
+SMALL |= {"local_steps": 4, "measure_images": 20, "eval_every": 4} if QUICK else {}
 
 
 def curve(outcome):

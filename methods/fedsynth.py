@@ -52,6 +52,11 @@ class FedSynth(FedAvg):
         Literal["float32", "float16", "uint8"], "how images are sent; the rest is float32"
     ] = "uint8"
 
+    @property
+    def fed_back(self):
+        """"data" does not look at the update, so nothing of it is left over."""
+        return ("update",) if self.fs_objective == "update" else ()
+
     def codec(self, compressor, received, batches=None):
         return AsData(self.task, received["w"], self, batches)
 

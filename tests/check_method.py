@@ -258,8 +258,8 @@ def check_upload(name, sent, walked):
         assert ok, f"{name}: `upload` sends {key!r}, which is no vector [d]; only those are encoded"
     assert close(sent["update"], walked), (
         f'{name}: "update" is not w_K minus where `start` began, the sum of the local steps. '
-        "SCAFFOLD, FedDyn and FedCM add it up or divide it by lr_sum, and would be wrong. Send "
-        "something else under another name, or change it on the server, in `collect`"
+        "SCAFFOLD, FedDyn and FedCM add it up or divide it by lr_sum, and would be wrong. Send or "
+        "collect your own vector beside it, under another name"
     )
 
 
@@ -382,9 +382,9 @@ def check_sums(M, C):
         if issubclass(C, B):
             parts = sum(weights[i] * mine[part] for i, mine in memory.items())
             assert close(state[total], parts / sum(weights)), (
-                f"{C.__name__}: {total} is not the mean of the {part} of all clients. `remember` "
-                f"and `aggregate` of {M.__name__} must call super(), pass `decoded`, `mean` and "
-                "`share` on as they are, and sum up nothing but what was decoded"
+                f"{C.__name__}: {total} is not the mean of the {part} of all clients. In "
+                f"`remember`, `collect` and `aggregate`, {M.__name__} must call super() and pass "
+                '`decoded`, `mean` and `share` on as they are; "update" must stay what was decoded'
             )
 
 

@@ -76,7 +76,7 @@ EXPECTED = (  # pattern of "method compressor mode what": why
     | {"fedga-previous * * w": RECIPROCAL}
     | {"fedavg-adam * * w": MOMENTS, "dynafed-adam * * w": MOMENTS}
     | {"scaffold-size * * w": SHARE, "feddyn-size * * w": SHARE, "feddyn-server * * w": SERVER_LR}
-    | {"fedsynsam-augment * * w": CUTOUT}
+    | {"fedsynsam-augment * * w": CUTOUT, "fedsynth-data topk * error": "both refuse it"}
 )
 
 

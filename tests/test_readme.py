@@ -123,6 +123,14 @@ def test_a_method_of_your_own_keeps_the_rules(mine):
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
+def test_the_numbers_of_five_methods_are_those_of_the_stored_rows():
+    pytest.importorskip("pandas", reason="lab/requirements.txt")
+    from lab import report, verdicts
+
+    columns = ("accuracy", "test_loss", "eigenvalue", "mb_up", "mb_down")
+    assert verdicts.arms_text(report.default_table(HERE / "results"), columns) in README
+
+
 # -------------------------------------------------------------------------- the table of methods
 
 

@@ -35,8 +35,12 @@ RUN_TINY = (
 
 @pytest.fixture(scope="session")
 def run_images(tmp_path_factory):
+    return run_write_images(tmp_path_factory.mktemp("images") / "tiny.npz")
+
+
+def run_write_images(path):
     """A data set of 90 + 30 images of 12 x 12 pixels in three classes."""
-    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("images") / "tiny.npz"
+    rng = np.random.default_rng(0)
     y, y_test = np.arange(90) % 3, np.arange(30) % 3
     x, x_test = (
         (60 * labels[:, None, None] + rng.integers(0, 99, (len(labels), 12, 12))).astype(np.uint8)
@@ -82,7 +86,7 @@ def run_state(folder):
         stored["w"],
         stored["memory"],
         (folder / "log.jsonl").read_bytes(),
-        result | {"seconds": 0},
+        result | {"seconds": 0, "checksum": 0},
     )
 
 
@@ -439,7 +443,6 @@ def test_run_killed_anywhere_resumes_to_the_same_bits(tmp_path, run_tiny):
     run_until_killed(fl.Federation, "round", 2, cut, settings)  # before there is a checkpoint
     run_until_killed(synth, "matching_loss", 2, cut, settings)
     run_until_killed(os, "replace", 1, cut, settings, checkpoint)
-    assert (cut / "checkpoint.new").exists()
     run_until_killed(fl.Federation, "round", 4, cut, settings)  # it had gone back to round 2
     with open(cut / "log.jsonl", "a") as file:
         file.write('{"round": 999, "torn li')  # a line cut off in the middle
@@ -553,8 +556,9 @@ def test_run_a_comparison_never_brings_its_own_code(tmp_path, run_tiny, capsys):
     evil.write_text(f"open({str(tmp_path / 'touched')!r}, 'w')")
     folder.mkdir()
     runs = {"x-s0": run_tiny() | {"algo": f"{evil}:M"}}
-    (folder / "comparison.json").write_text(json.dumps(runs))
-    run_main(capsys, "--resume", folder)
+    run.write_json(folder / "comparison.json", runs)
+    code, _, err = run_main(capsys, "--resume", folder)
+    assert code == 2 and "to run this code" in err
     assert not (tmp_path / "touched").exists()
 
 
@@ -629,7 +633,9 @@ def test_run_divergence_is_code_1_and_keeps_the_log(tmp_path, run_tiny, capsys):
     for flags, word in (({"lr": 1e29, "clip": 0.0}, "client"), ({"server_lr": 1e29}, "round")):
         words = [*run_words(run_tiny() | flags), "--out", tmp_path, "--name", word]
         code, _, err = run_main(capsys, *words)
-        assert code == 1 and word in err and f"--resume {tmp_path / word}" in err
+        (name, value), *_ = flags.items()
+        assert code == 1 and word in err and "not the defaults: " in err
+        assert f"{name} = {value:g}" in err and "--resume" not in err  # it would happen again
         assert (tmp_path / word / "log.jsonl").exists()
 
 
@@ -718,7 +724,8 @@ def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, c
     places = {name: tmp_path / name for name in ("folder", "foreign", "list")}
     for place in places.values():
         place.mkdir()
-    (tmp_path / "foreign" / "config.json").write_text('{"settings": {"colour": "red"}}')
+    foreign = {"settings": {"colour": "red"}}
+    run.write_json(tmp_path / "foreign" / "config.json", foreign)
     (tmp_path / "list" / "comparison.json").write_text('{"x": 3}')
     (tmp_path / "text.npz").write_text("I am no npz")
     good = dict(x_train=np.zeros((20, 8, 8), np.uint8), y_train=np.arange(20) % 4)
@@ -761,8 +768,10 @@ def run_imports():
     }
     found = {}
     for module, path in files.items():
-        names = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        names, tree = set(), ast.parse(path.read_text())
+        if ast.unparse(tree.body[-1:]).startswith("if __name__ == '__main__'"):
+            tree.body.pop()  # what the command needs, not the module
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             if isinstance(node, ast.ImportFrom):

@@ -254,6 +254,8 @@ def read_npz(path):
     """
     needed = ("x_train", "y_train", "x_test", "y_test")
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")
         with np.load(path, allow_pickle=False) as pack:
             missing = [key for key in needed if key not in pack.files]
             if missing:
