@@ -1366,9 +1366,11 @@ def test_fl_a_run_repeats_and_does_not_depend_on_the_order_of_the_clients(M, wir
 
 def test_fl_numbers_that_are_not_finite_are_named():
     learnt = fl_quadratics()
-    with pytest.raises(FloatingPointError, match=r"round \d+, client \d: its update is not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"round \d+ .*, client \d: its update is not finite"
+    ):
         fl_after(50, FedAvg, learnt, lr=1e200, clip=0.0)
-    with pytest.raises(FloatingPointError, match="round 0: the new global model is not finite"):
+    with pytest.raises(FloatingPointError, match="round 0 .*: the new global model is not finite"):
         fl_after(1, FedAvg, fl_quadratics(), lr=0.2, server_lr=1e308, clip=0.0, participation=1)
 
 

@@ -61,10 +61,10 @@ class Dithering:
 
     def encode(self, x, generator=None):
         step = 2 * (self.nu / len(x)) ** 0.5 * torch.linalg.vector_norm(x, dtype=torch.float64)
-        step = self.on_the_wire(step)  # rounded before it is used, as in QSGD
+        step = self.on_the_wire(step, x)  # rounded before it is used, as in QSGD
         k = self.multiples(x, step, generator)
         if not self.randomized:
-            step = self.on_the_wire(least_squares(x.abs().double(), k.double()))
+            step = self.on_the_wire(least_squares(x.abs().double(), k.double()), x)
         return seal(to_bytes(step), encode_integers(torch.where(x < 0, -k, k).long()))
 
     def decode(self, buffer, d):
@@ -75,8 +75,10 @@ class Dithering:
         largest = torch.finfo(self.dtype).max  # a multiple next to it must not become infinite
         return (decode_integers(code, d).to(self.dtype) * step).clamp_(-largest, largest)
 
-    def on_the_wire(self, step):
-        return step.clamp_max(0.99 * torch.finfo(self.dtype).max).to(self.dtype)
+    def on_the_wire(self, step, x):
+        """The step as a number that both the wire and x can hold."""
+        largest = min(torch.finfo(self.dtype).max, torch.finfo(x.dtype).max)
+        return step.clamp_max(0.99 * largest).to(x.dtype).to(self.dtype)
 
     def multiples(self, x, step, generator):
         """|x| / step, rounded -> whole numbers >= 0 [d]."""

@@ -30,6 +30,7 @@ import numpy as np
 import run
 from lab import figures, study, tune, verdicts
 from lab.verdicts import Rule, Value
+from plumbing.settings import HERE
 
 UPLINKS = {
     "none": {"compress": "identity"},
@@ -53,7 +54,7 @@ class Claim:
     columns = ("accuracy", "train_loss", "eigenvalue")
     panels = ("accuracy", "eigenvalue")
 
-    def __init__(self, size="cpu", results=run.HERE / "results"):
+    def __init__(self, size="cpu", results=HERE / "results"):
         self.size, self.results, self.name = size, results, type(self).__name__.lower()
         self.seeds = 1 if size == "quick" else 3
 
@@ -527,7 +528,7 @@ def main(argv=None):
     p.add_argument("name", choices=CLAIMS)
     p.add_argument("--size", choices=study.SIZES, default="cpu")
     p.add_argument("--out", type=Path, default=Path("runs/lab"), help="where runs are kept")
-    p.add_argument("--results", type=Path, default=run.HERE / "results")
+    p.add_argument("--results", type=Path, default=HERE / "results")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     try:
         given = p.parse_args(argv)

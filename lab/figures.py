@@ -26,6 +26,7 @@ import seaborn as sns
 import run
 from lab import measures, verdicts
 from lab.verdicts import MEASURES, Value
+from plumbing.folder import read_json
 
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#808080"  # Okabe-Ito: also for colour-blind readers
 OUTCOMES = {1: BLUE, -1: RED, 0: GREY}
@@ -252,12 +253,12 @@ def draw_slices(axis, titles, at, planes):
 
 def landscapes_of_folders(path, folders, points=25, span=1.0):
     """The figure of two finished runs, from their folders; planes are kept in the folders."""
-    d = {run.read_json(folder / "result.json")["d"] for folder in folders}
+    d = {read_json(folder / "result.json")["d"] for folder in folders}
     if len(d) > 1:
         raise ValueError(f"the models have {sorted(d)} parameters; compare models of one network")
     wanted = {"plane": {"points": points, "span": span}}
     found = [measures.measure(folder, wanted) for folder in folders]
-    titles = [run.read_json(folder / "config.json")["label"] for folder in folders]
+    titles = [read_json(folder / "config.json")["label"] for folder in folders]
     titles = [f"{title} ({folder.name})" for title, folder in zip(titles, folders)]
     draw_landscapes(path, titles, found[0]["plane_at"], [f["plane"] for f in found])
 

@@ -49,6 +49,8 @@ import fl
 import run
 import sam
 import synth
+from plumbing.folder import read_json
+from plumbing.settings import closest
 
 # --------------------------------------------------------------------------------------- the loss L
 
@@ -348,13 +350,13 @@ def measure(folder, wanted):
     folder, found, loaded = Path(folder), {}, None
     for name, arguments in wanted.items():
         if name not in MEASURES:
-            raise ValueError(f"unknown measure {name!r}; {run.closest(name, list(MEASURES))}")
+            raise ValueError(f"unknown measure {name!r}; {closest(name, list(MEASURES))}")
         path = folder / "measures" / f"{name}-{digest(name, arguments)}.json"
         if not path.exists():
             loaded = loaded or opened(folder)
             path.parent.mkdir(exist_ok=True)
             run.write(path, json.dumps(MEASURES[name](*loaded, **arguments)) + "\n")
-        found |= run.read_json(path)
+        found |= read_json(path)
     return found
 
 
@@ -369,7 +371,7 @@ def opened(folder):
     if not (folder / "result.json").exists():
         raise ValueError(f"{folder} holds no finished run; python run.py --resume {folder}")
     federation, images = run.load(folder)
-    n = run.read_json(folder / "config.json")["settings"]["measure_images"]
+    n = read_json(folder / "config.json")["settings"]["measure_images"]
     return federation, sample_of(federation, images.train, n)
 
 

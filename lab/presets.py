@@ -42,6 +42,7 @@ import numpy as np
 
 import run
 from lab import study, verdicts
+from plumbing.settings import HERE, closest
 
 
 class Preset(NamedTuple):
@@ -275,9 +276,7 @@ def chosen(words, known, what):
     """The words, all known ones if there are none; ValueError for one that is not known."""
     for word in words:
         if word not in known:
-            raise ValueError(
-                f"{word!r} is no {what} of this table; {run.closest(word, list(known))}"
-            )
+            raise ValueError(f"{word!r} is no {what} of this table; {closest(word, list(known))}")
     return words or list(known)
 
 
@@ -290,7 +289,7 @@ def read(argv):
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changed settings")
     p.add_argument("--out", type=Path, default=Path("runs/lab"), help="where runs are kept")
-    p.add_argument("--results", type=Path, default=run.HERE / "results")
+    p.add_argument("--results", type=Path, default=HERE / "results")
     given = p.parse_args(argv)
     if given.seeds < 1:
         raise ValueError(f"seeds = {given.seeds} must be at least 1")

@@ -21,6 +21,7 @@ import pandas as pd
 import run
 from lab import claims, figures, presets, study, tune, verdicts
 from lab.verdicts import MEASURES, Value
+from plumbing.settings import HERE, closest
 
 NOTES = Path(__file__).with_name("notes.md")
 
@@ -57,7 +58,7 @@ def arm_called(name, table):
     known = claims.arms_of(table)
     found = [arm for arm in known if arm == name or arm.startswith(name + " (")]
     if not found:
-        raise ValueError(f"{NOTES.name}: no arm {name!r}; {run.closest(name, known)}")
+        raise ValueError(f"{NOTES.name}: no arm {name!r}; {closest(name, known)}")
     return found[0]
 
 
@@ -243,7 +244,7 @@ def draw_all(results):
 def main(argv=None):
     """The command: exit code 0 or 2."""
     p = run.Parser(prog="python -m lab.report", description=__doc__.split("\n")[0])
-    p.add_argument("--results", type=Path, default=run.HERE / "results")
+    p.add_argument("--results", type=Path, default=HERE / "results")
     p.add_argument("--draw", action="store_true", default=False, help="all figures, too")
     try:
         given = p.parse_args(argv)

@@ -31,6 +31,8 @@ import pandas as pd
 
 import run
 from lab import measures
+from plumbing.folder import read_json
+from plumbing.settings import HERE, changes_seconds
 from vision import data
 
 SIZES = ("quick", "cpu", "gpu")  # does it work, in seconds; half an hour on two cores; all of it
@@ -67,7 +69,7 @@ TASKS = {  # size: {task: settings that all arms share, where their parts have t
 @functools.cache
 def code_digest():
     """Of what the code does: comments and docstrings are left out."""
-    paths = [path for pattern in CODE for path in sorted(run.HERE.glob(pattern))]
+    paths = [path for pattern in CODE for path in sorted(HERE.glob(pattern))]
     trees = [bare(path.read_text()) for path in paths if not path.name.startswith("test")]
     return hashlib.sha256("".join(trees).encode()).hexdigest()[:8]
 
@@ -170,7 +172,7 @@ def conduct(claim, root, **machine):
 
 def row_of(claim, root, task, arm, settings):
     """One run of a claim, with what is measured of it: a row of results/NAME.json."""
-    fields = {name: x for name, x in settings.items() if not run.changes_seconds(name)}
+    fields = {name: x for name, x in settings.items() if not changes_seconds(name)}
     row = {"task": task, "arm": arm, "seed": settings["seed"], "fields": fields}
     try:
         folder, result, log = train(root, settings, claim.watch(task))
@@ -183,7 +185,7 @@ def row_of(claim, root, task, arm, settings):
     log = [line for line in log if "test_acc" in line or line["round"] in seen]
     said = " ".join(filter(None, (f"{claim.name}:", task, arm, f"seed {row['seed']}: {folder}")))
     print(said, file=sys.stderr)
-    machine = run.read_json(folder / "config.json")["machine"]
+    machine = read_json(folder / "config.json")["machine"]
     return row | result | found | {"log": log, "machine": machine}
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import run
 from lab import study
+from plumbing.settings import HERE, closest
 
 SEED = 100
 RATES = (0.05, 0.1, 0.2)
@@ -61,7 +62,7 @@ GRID = {  # method: {setting: three values}, two settings each
 def grid_of(algo):
     """The nine settings of a method, in the order of the grid: a list of dicts."""
     if algo not in GRID:
-        raise ValueError(f"no grid for {algo!r}; {run.closest(algo, list(GRID))}")
+        raise ValueError(f"no grid for {algo!r}; {closest(algo, list(GRID))}")
     grid = GRID[algo]
     return [dict(zip(grid, both)) for both in itertools.product(*grid.values())]
 
@@ -162,7 +163,7 @@ def main(argv=None):
     p.add_argument("algo")
     p.add_argument("--size", choices=study.SIZES, default="cpu")
     p.add_argument("--out", type=Path, default=Path("runs/lab"), help="where runs are kept")
-    p.add_argument("--results", type=Path, default=run.HERE / "results")
+    p.add_argument("--results", type=Path, default=HERE / "results")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     try:
         given = p.parse_args(argv)

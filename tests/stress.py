@@ -40,6 +40,8 @@ import compress
 import fl
 import run
 from codes.dithering import Dithering
+from plumbing.folder import machine, write
+from plumbing.settings import HERE, closest, parts
 from scale import faults, visits
 from tests.test_run import RUN_ONCE, run_same, run_settings, run_state, run_words, run_write_images
 
@@ -118,11 +120,11 @@ def one_line(code, err, codes):
 # -------------------------------------------------------------------------------------------- kills
 
 
-def kills(n, draws, place, images):
-    """n kills, a third of them of one rank of two."""
+def kills(numbers, draws, place, images):
+    """So many kills, a third of them of one rank of two."""
     tally, life = Tally(), 0
     methods = [("fedsynsam", 0), ("scaffold", 2), ("fedlesam", 0)]
-    while tally.counts["kills"] < n:
+    while tally.counts["kills"] < len(numbers):
         algo, ranks = methods[life % len(methods)]
         feedback = dict(compress="topk", error_feedback=True)
         settings = run_settings(images, algo, seed=life, rounds=30, **feedback)
@@ -185,10 +187,10 @@ def cut_off(tally, draws, place, folder, settings, ranks, delay):
 # ------------------------------------------------------------------------------------------ buffers
 
 
-def buffers(n, draws, place, images):
-    """n messages of all compressors, damaged in some way."""
+def buffers(numbers, draws, place, images):
+    """Messages of all compressors, damaged in some way."""
     tally, generator = Tally(), torch.Generator().manual_seed(draws.randrange(2**30))
-    codecs = [part() for part in run.parts("compress").values()]
+    codecs = [part() for part in parts("compress").values()]
     codecs += [compress.QSGD(7, "l2", 0), compress.RandK(3.0), compress.TopK(1.0)]
     codecs += [Dithering(0.1, randomized=False), compress.QSGD(dtype=torch.float64)]
     goods = []
@@ -196,7 +198,7 @@ def buffers(n, draws, place, images):
         for d in (20, 37, 600):
             x = torch.randn(d, generator=generator) * 10 ** draws.uniform(-30, 30)
             goods.append((codec, d, codec.encode(x, generator)))
-    for _ in range(n):
+    for _ in numbers:
         codec, d, good = draws.choice(goods)
         bad, how = damaged_buffer(good, draws)
         try:
@@ -248,11 +250,11 @@ JSON = (
 )
 
 
-def files(n, draws, place, images):
-    """n damaged files: in a finished run, in one that was cut off, in a comparison."""
+def files(numbers, draws, place, images):
+    """Damaged files: in a finished run, in one that was cut off, in a comparison."""
     tally, (done, cut, both) = Tally(), folders(place, images)
     state, (_, table, _) = run_state(done), command(place, "--resume", both)
-    for _ in range(n):
+    for _ in numbers:
         source, folder = draws.choice((done, cut, both)), place / "damaged"
         shutil.copytree(source, folder)
         kinds = (".json", ".pt", ".jsonl")
@@ -318,15 +320,16 @@ def damage(path, other, draws):
 # ------------------------------------------------------------------------------------------ options
 
 NUMBERS = ["0", "-1", "1", "0.5", str(10**30), str(-(10**30)), "nan", "inf", "-inf"]
-NUMBERS += ["1e300", "-1e300", "1e30", "-1e30", "1e-300", "1e39", "2147483648", "x", ""]
+NUMBERS += ["1e300", "-1e300", "1e30", "-1e30", "1e-300", "1e39", "2147483649", "x", ""]
 
 
-def options(n, draws, place, images):
+def options(numbers, draws, place, images):
     """Every setting of type int or float, and those of the command line, with strange numbers."""
     tally = Tally()
     jobs = [(name, chosen, number) for name, chosen in RUN_ONCE.items() for number in NUMBERS]
     jobs += [(name, {"algo": "fedavg"}, x) for name in ("seeds", "resume", "out") for x in NUMBERS]
-    for name, chosen, number in draws.sample(jobs, min(n, len(jobs))):
+    random.Random(0).shuffle(jobs)
+    for name, chosen, number in jobs[numbers.start : numbers.stop : numbers.step]:
         settings = run_settings(images, **chosen) | {"rounds": 3}
         settings.pop(name, None)
         flag = f"--{name.replace('_', '-')}={number}"
@@ -393,16 +396,17 @@ def strange_data(draws):
     return legal, illegal
 
 
-def data(n, draws, place, images):
+def data(numbers, draws, place, images):
     """Strange data sets with every split, every network that is fast, and several methods."""
     tally, (legal, illegal) = Tally(), strange_data(draws)
-    parts = [{"partition": split} for split in run.parts("partition")]
-    parts += [{"model": model} for model in ("mlp", "convnet")]
-    parts += [{"algo": algo} for algo in ("fedsynsam", "labelcal", "oracle", "fedga", "fedsynth")]
-    parts += [{"visit": "vmap"}, {"augment": True}, {"local_epochs": 1}, {"average": "size"}]
-    jobs = [(what, arrays, part) for what, arrays in legal.items() for part in parts]
+    others = [{"partition": split} for split in parts("partition")]
+    others += [{"model": model} for model in ("mlp", "convnet")]
+    others += [{"algo": a} for a in ("fedsynsam", "labelcal", "oracle", "fedga", "fedsynth")]
+    others += [{"visit": "vmap"}, {"augment": True}, {"local_epochs": 1}, {"average": "size"}]
+    jobs = [(what, arrays, part) for what, arrays in legal.items() for part in others]
     jobs += [(what, arrays, {}) for what, arrays in illegal.items()]
-    for what, arrays, part in draws.sample(jobs, min(n, len(jobs))):
+    random.Random(0).shuffle(jobs)
+    for what, arrays, part in jobs[numbers.start : numbers.stop : numbers.step]:
         path = place / "strange.npz"
         np.savez(path, **arrays)
         some = {"val": 0, "min_size": 1} | part
@@ -453,7 +457,7 @@ class Absent(faults.Tolerant):
         return float(torch.rand((), generator=g)) < SHARE
 
 
-def clients(n, draws, place, images, rounds=100):
+def clients(numbers, draws, place, images, rounds=100):
     """Accuracy with clients that misbehave, without them, and if all behave; three seeds."""
     tally, accuracy = Tally(), {Misbehaving: [], Absent: [], faults.Tolerant: []}
     for seed in range(3):
@@ -489,25 +493,24 @@ PARTS = {part.__name__: part for part in (kills, buffers, files, options, data, 
 
 
 def share(job):
-    """One share of the work: (name of the part, how many, seed, small) -> (its Tally, seconds)."""
-    name, n, seed, small = job
-    began = time.monotonic()
+    """One share of the work: (part, numbers, small) -> (part, counts, what went wrong, seconds)."""
+    name, numbers, small = job
+    began, more = time.monotonic(), {"rounds": 5} if small and name == "clients" else {}
     torch.set_num_threads(1)
-    more = {"rounds": 5} if small and name == "clients" else {}
     with tempfile.TemporaryDirectory() as place:
         images = run_write_images(Path(place) / "tiny.npz")
-        tally = PARTS[name](n, random.Random(seed), Path(place), images, **more)
+        draws = random.Random(numbers.start)
+        tally = PARTS[name](numbers, draws, Path(place), images, **more)
     return name, tally.counts, tally.wrong, time.monotonic() - began
 
 
 def stress(names, small=False):
     """Do these parts -> {name: counts}, and "wrong": what went wrong."""
     counts, report = SMALL if small else COUNTS, {"wrong": []}
-    split = {"kills": CORES, "buffers": CORES, "files": CORES}  # the others draw without repetition
     jobs = []
     for name in names:
-        shares = 1 if small else split.get(name, 1)
-        jobs += [(name, counts.get(name, 1) // shares, seed, small) for seed in range(shares)]
+        shares = 1 if small or name == "clients" else CORES
+        jobs += [(name, range(k, counts.get(name, 1), shares), small) for k in range(shares)]
     with ProcessPoolExecutor(CORES, mp_context=get_context("fork")) as pool:
         for name, found, wrong, seconds in pool.map(share, jobs):
             before = collections.Counter(report.get(name, {}))
@@ -522,12 +525,12 @@ def main(argv=None):
     parser.add_argument("--small", action="store_true", help="a little of each; writes nothing")
     given = parser.parse_args(argv)
     for name in set(given.parts) - set(PARTS):
-        parser.error(f"{name} is no part; {run.closest(name, list(PARTS))}")
+        parser.error(f"{name} is no part; {closest(name, list(PARTS))}")
     report = stress(given.parts or list(PARTS), given.small)
-    text = json.dumps(report | {"machine": run.machine()}, indent=1)
+    text = json.dumps(report | {"machine": machine()}, indent=1)
     print(text)
     if not given.small and not given.parts:
-        run.write(run.HERE / "results" / "stress.json", text + "\n")
+        write(HERE / "results" / "stress.json", text + "\n")
     return int(bool(report["wrong"]))
 
 

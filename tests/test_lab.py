@@ -23,10 +23,11 @@ import run
 import sam
 from lab import claims, figures, measures, presets, report, study, tune, verdicts
 from lab.verdicts import Rule, Value
+from plumbing.settings import HERE
 from tests.toys import Linear, Quadratics, f64, normal
 from vision import data, models
 
-RESULTS = run.HERE / "results"
+RESULTS = HERE / "results"
 TINY = study.QUICK | {"rounds": 3, "threads": 1}
 
 

@@ -21,6 +21,8 @@ import torch
 import fl
 import run
 import synth
+from plumbing.folder import CHECKPOINT
+from plumbing.settings import HERE, Setting
 from vision import data
 
 f64 = torch.float64
@@ -124,12 +126,12 @@ def test_run_settings_are_read_where_they_are_declared():
 
     declared = run.settings_of(Child)
     assert declared == {
-        "rho": run.Setting(float, "radius", 0, None, 0.1),
-        "word": run.Setting(Literal["a", "b"], "a word", None, None, "b"),
-        "n": run.Setting(int, "number", 1, 9, 5),
+        "rho": Setting(float, "radius", 0, None, 0.1),
+        "word": Setting(Literal["a", "b"], "a word", None, None, "b"),
+        "n": Setting(int, "number", 1, 9, 5),
     }
-    assert run.settings_of(Data) == {"k": run.Setting(float, "kept", 1e-12, None, 0.5)}
-    assert run.settings_of(function) == {"size": run.Setting(int, "size", None, None, 7)}
+    assert run.settings_of(Data) == {"k": Setting(float, "kept", 1e-12, None, 0.5)}
+    assert run.settings_of(function) == {"size": Setting(int, "size", None, None, 7)}
 
 
 def run_every_setting():
@@ -156,23 +158,23 @@ def test_run_every_default_is_legal_and_explained():
 
 
 def test_run_check_refuses_what_is_not_legal():
-    number, whole = (run.Setting(kind, "x", 0, 5, 1) for kind in (float, int))
+    number, whole = (Setting(kind, "x", 0, 5, 1) for kind in (float, int))
     assert run.check("x", 5, number) == 5.0 and type(run.check("x", 5, number)) is float
     for setting, values in (
         (number, (-1e-9, 5.1, math.nan, math.inf, "1", None, True, 10**400, [1])),
         (whole, (-1, 6, 1.0, math.nan, "1", None, True, 10**30)),
-        (run.Setting(bool, "x", None, None, True), (1, "yes", None)),
+        (Setting(bool, "x", None, None, True), (1, "yes", None)),
         (
-            run.Setting(Literal["size", "uniform"], "x", None, None, "size"),
+            Setting(Literal["size", "uniform"], "x", None, None, "size"),
             ("sizes", 1, None, True),
         ),
-        (run.Setting(float, "x", None, None, 1.0), (math.inf, -math.inf, math.nan, 1e31)),
+        (Setting(float, "x", None, None, 1.0), (math.inf, -math.inf, math.nan, 1e31)),
     ):
         for value in values:
             with pytest.raises(ValueError, match="x = "):
                 run.check("x", value, setting)
     with pytest.raises(ValueError, match="did you mean size"):
-        run.check("x", "sizes", run.Setting(Literal["size", "uniform"], "x", None, None, "size"))
+        run.check("x", "sizes", Setting(Literal["size", "uniform"], "x", None, None, "size"))
 
 
 RUN_PARTS = [  # every setting belongs to one of them
@@ -276,7 +278,7 @@ def test_run_parts_of_the_reader_are_found_in_their_file(tmp_path, run_tiny):
     path = tmp_path / "sam.py"  # has a name of ours, which it must not replace
     path.write_text(RUN_MINE)
     Mine = run.find("algo", f"{path}:Mine")
-    assert Mine.where == str(run.HERE / "sam.py") and Path(sys.modules["sam"].__file__) != path
+    assert Mine.where == str(HERE / "sam.py") and Path(sys.modules["sam"].__file__) != path
     kinds = {"compress": "Wire", "model": "Net", "partition": "halves"}
     mine = {kind: f"{path}:{name}" for kind, name in kinds.items()}
     outcome = run.experiment(
@@ -472,7 +474,7 @@ def test_run_killed_by_the_system_resumes_to_the_same_bits(tmp_path, run_tiny, c
     words = [word for word in run_words(settings) if word not in ("--error-feedback", "True")]
     words += ["--error-feedback", "--out", str(tmp_path), "--name", "cut"]
     code = [sys.executable, "-c", RUN_KILLER, *words]
-    assert subprocess.run(code, cwd=run.HERE, capture_output=True).returncode == -signal.SIGKILL
+    assert subprocess.run(code, cwd=HERE, capture_output=True).returncode == -signal.SIGKILL
     assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 3
     assert run_main(capsys, "--resume", tmp_path / "cut", "--threads", 1)[0] == 0
     assert run_same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
@@ -497,7 +499,7 @@ def test_run_damage_of_a_checkpoint_is_found(tmp_path, run_tiny):
         try:
             run.restore(folder, federation, digest)
             fate.append("same")
-            for name in run.CHECKPOINT:
+            for name in CHECKPOINT:
                 assert run_same(getattr(federation, name), getattr(before, name)), place
             assert run_same(federation.method.state, before.method.state), place
         except ValueError as error:
@@ -743,13 +745,9 @@ def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, c
 def test_run_starts_without_slow_imports_and_bears_a_closed_pipe():
     slow = "matplotlib", "torchvision", "sympy", "torch._dynamo"
     code = f"import sys, run; print([m for m in {slow} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=run.HERE, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-    listing = subprocess.Popen(
-        [sys.executable, "run.py", "--list"], cwd=run.HERE, stdout=-1, stderr=-1
-    )
+    listing = subprocess.Popen([sys.executable, "run.py", "--list"], cwd=HERE, stdout=-1, stderr=-1)
     listing.stdout.close()
     assert listing.wait(timeout=100) in (0, 1) and b"Traceback" not in listing.stderr.read()
 
@@ -762,9 +760,19 @@ RUN_BOOK = ("compress", "sam", "synth", "fl", "run")
 def run_imports():
     """What the files of the project import of it: {module: {module}}."""
     files = {
-        ".".join(path.relative_to(run.HERE).with_suffix("").parts): path
-        for folder in (".", "vision", "methods", "codes", "scale", "lab", "classroom", "tests")
-        for path in (run.HERE / folder).glob("*.py")
+        ".".join(path.relative_to(HERE).with_suffix("").parts): path
+        for folder in (
+            ".",
+            "vision",
+            "methods",
+            "codes",
+            "scale",
+            "plumbing",
+            "lab",
+            "classroom",
+            "tests",
+        )
+        for path in (HERE / folder).glob("*.py")
     }
     found = {}
     for module, path in files.items():
@@ -792,7 +800,8 @@ def test_run_imports_point_one_way():
             legal = {*RUN_BOOK[: RUN_BOOK.index(folder)], "vision"}
         else:
             legal = {
-                "run": {*book, "vision", "scale"},
+                "run": {*book, "vision", "scale", "plumbing"},
+                "plumbing": {"fl", "vision", "scale", "plumbing"},
                 "vision": {"vision"},
                 "codes": {"compress", "codes"},
                 "methods": book - {"run"} | {"methods", "vision"},

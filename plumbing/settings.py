@@ -1,0 +1,216 @@
+"""Parts of a run and their settings: found by name, checked, and made into flags.
+
+A part is a method, a compressor, a network or a split: a class or a function that declares its
+settings as `name: Annotated[type, "meaning", lowest, highest] = default`, as a class attribute or
+as a keyword parameter. They are declared nowhere else; `settings_of` reads them. Nobody needs to
+understand this file to understand a method.
+"""
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import fl
+from scale import visits
+
+HERE = Path(__file__).parents[1]
+
+
+class Machine:
+    """The settings that change seconds and not the experiment (and threads, chunk of scale/)."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
+    visit: Annotated[Literal["auto", "plain", "threads", "vmap"], "how clients are visited"] = (
+        "auto"
+    )
+    checkpoint_every: Annotated[int, "rounds between checkpoints", 1, None] = 5
+
+
+MACHINE = (Machine, visits.Threads, visits.Vmap)
+
+
+class Setting(NamedTuple):
+    """A declared setting. lowest and highest are legal; None is no limit."""
+
+    type: type
+    meaning: str
+    lowest: float | None
+    highest: float | None
+    default: object
+
+
+def settings_of(part):
+    """The settings that a class (with its parents) or a function declares: {name: Setting}."""
+    hints = get_type_hints(part, include_extras=True)
+    if inspect.isclass(part):
+        hints |= get_type_hints(part.__init__, include_extras=True)
+    parameters = inspect.signature(part).parameters
+    settings = {}
+    for name, hint in hints.items():
+        if get_origin(hint) is Annotated:
+            meaning, lowest, highest = (*hint.__metadata__, None, None)[:3]
+            default = parameters[name].default if name in parameters else getattr(part, name)
+            settings[name] = Setting(hint.__origin__, meaning, lowest, highest, default)
+    return settings
+
+
+def check(name, value, setting):
+    """The value, in the type of the setting; ValueError if it is not legal."""
+    kind, _, lowest, highest, _ = setting
+    words = get_args(kind)  # of a Literal
+    if words and value not in words:
+        raise ValueError(f"{name} = {value!r} is unknown; {closest(value, words)}")
+    if kind is float and type(value) is int and abs(value) < 1e30:
+        value = float(value)
+    if not words and type(value) is not kind:
+        raise ValueError(f"{name} = {value!r} is no {kind.__name__}")
+    if kind in (int, float):
+        low = -1e30 if lowest is None else lowest
+        high = {int: 2**31, float: 1e30}[kind] if highest is None else highest
+        if not low <= value <= high:  # written so, it refuses nan too
+            legal = f"in {low:g}..{high:g}" if highest is not None else f"at least {low:g}"
+            raise ValueError(f"{name} = {value} is out of range; it must be {legal}")
+    return value
+
+
+def changes_seconds(name):
+    """Is this a setting that changes seconds and not the experiment?"""
+    return any(name in settings_of(part) for part in MACHINE)
+
+
+def closest(word, known):
+    """A hint for a word that is not among the known ones: the most similar ones, or all."""
+    near = difflib.get_close_matches(str(word).lower(), known, 3, 0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+PLACES = {
+    "algo": ("fl", "methods"),
+    "compress": ("compress", "codes"),
+    "model": ("vision.models",),
+    "partition": ("vision.split",),
+}
+
+
+def is_part(kind, thing):
+    """Is this member of a module a method, a compressor, a network or a split?"""
+    if kind == "partition":
+        first = ["labels", "N", "rng"]
+        return inspect.isfunction(thing) and [*inspect.signature(thing).parameters][:3] == first
+    if not inspect.isclass(thing):
+        return False
+    if kind == "model":
+        return "image_shape" in inspect.signature(thing).parameters
+    return issubclass(thing, fl.FedAvg) if kind == "algo" else hasattr(thing, "encode")
+
+
+def name_of(part):
+    """The name of a part on the command line: FedLESAM_S is fedlesam-s."""
+    return part.__name__.lower().replace("_", "-")
+
+
+def parts(kind):
+    """All parts of a kind ("algo", "compress", "model", "partition"): {name: class or function}."""
+    found = {}
+    for place in PLACES[kind]:
+        files = sorted((HERE / place).glob("[!_]*.py"))
+        for module in [f"{place}.{file.stem}" for file in files] or [place]:
+            for thing in vars(importlib.import_module(module)).values():
+                if getattr(thing, "__module__", None) == module and is_part(kind, thing):
+                    found[name_of(thing)] = thing
+    return found
+
+
+def find(kind, name):
+    """A part: itself, by its name, as FILE.py:NAME, or two methods combined as NAME+NAME."""
+    if not isinstance(name, str):
+        return name
+    if kind == "algo" and "+" in name:
+        return combined(name)
+    path, colon, member = name.rpartition(":")
+    if colon or name.endswith(".py"):
+        return from_file(kind, Path(path or name), member)
+    known = parts(kind)
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; {closest(name, known)} (or FILE.py:NAME)")
+    return known[name]
+
+
+def combined(name):
+    """The class NAME+NAME, whose parents are these methods."""
+    parents = tuple(find("algo", word) for word in name.split("+"))
+    try:
+        return type(name, parents, {})
+    except TypeError:  # of several kinds, and in several lines
+        message = "cannot be combined: one of them is there twice, or is a parent of a later one"
+        raise ValueError(f"{name} {message}") from None
+
+
+def from_file(kind, path, member):
+    """The part called `member` in a file of the reader's own."""
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"there is no file {path} of Python code")
+    label = "reader_" + path.stem  # a file called sam.py must not replace ours
+    text, loaded = path.read_bytes(), sys.modules.get(label)
+    if loaded is None or loaded.text != text:  # otherwise its classes must stay the same objects
+        loaded = sys.modules[label] = import_file(label, path)
+        loaded.text = text
+    found = {n: x for n, x in vars(loaded).items() if not n.startswith("_") and is_part(kind, x)}
+    if member not in found:
+        raise ValueError(f"{path}:{member} is no {kind}; {closest(member, found)}")
+    return found[member]
+
+
+def import_file(label, path):
+    """The module in a file, under another name."""
+    spec = importlib.util.spec_from_file_location(label, path.absolute())
+    module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(path.absolute().parent))  # for other files beside it; ours come first
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def who_has(name, known):
+    """A hint about a setting that this run has not: which parts have it, or a similar name."""
+    name, having = name.replace("-", "_"), []
+    for kind in PLACES:
+        for label, part in parts(kind).items():
+            if name in settings_of(part):
+                having.append(f"{kind} {label}")
+    if having:
+        return f"it belongs to {', '.join(having)}"
+    return closest(name, sorted(filter(None, known)))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a ValueError that names the closest flag."""
+
+    def __init__(self, **more):
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **more)
+
+    def error(self, message):
+        known = [flag[2:] for action in self._actions for flag in action.option_strings]
+        unknown = message.partition("unrecognized arguments: --")[2].split(" ")[0]
+        if unknown:
+            message = f"{unknown} is no setting of this run; {who_has(unknown, known)}"
+        raise ValueError(message)
+
+
+def add_flag(group, name, setting):
+    """The flag --NAME of a setting."""
+    flag, text = "--" + name.replace("_", "-"), f"{setting.meaning} (default {setting.default})"
+    words = get_args(setting.type)
+    if setting.type is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif words:
+        group.add_argument(flag, metavar="|".join(words), help=text)
+    else:
+        group.add_argument(flag, type=setting.type, metavar=setting.type.__name__, help=text)
