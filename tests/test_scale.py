@@ -136,7 +136,7 @@ def test_vmap_knows_memory_of_steps_another_start_a_survey_and_a_codec_with_batc
 def test_a_client_that_diverges_is_named(loop):
     task = Quadratics(torch.tensor([[1.0], [1e250], [1.0]], dtype=f64), normal(3, 1), K=2)
     settings = {"clip": 0.0, "lr": 1e30}
-    with pytest.raises(FloatingPointError, match="round 0, client 1: its update is not finite"):
+    with pytest.raises(FloatingPointError, match="round 0 .*, client 1: its update is not finite"):
         ten_rounds(FedAvg, loop, task=task, settings=settings)
 
 
