@@ -56,10 +56,12 @@ def workplace(folder):
             yield Path(temporary)
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if not fcntl:
+        yield folder
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     except BlockingIOError:
         raise ValueError(f"{folder} is in use by another process") from None
