@@ -303,7 +303,8 @@ class QSGD:
             scales = rows.abs().amax(1).double()
         else:
             scales = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        return scales.clamp_max(0.99 * torch.finfo(self.dtype).max).to(self.dtype)
+        largest = min(torch.finfo(self.dtype).max, torch.finfo(rows.dtype).max)
+        return scales.clamp_max(0.99 * largest).to(self.dtype)
 
     def random_levels(self, rows, scales, generator):
         """u of rows [n, q], rounded to levels at random -> [n, q]."""

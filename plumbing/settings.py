@@ -174,7 +174,8 @@ def import_file(label, path):
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{path} does not import: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} does not import: {what} (python {path} shows where)") from error
     return module
 
 

@@ -13,7 +13,7 @@ import torch
 import fl
 import run
 from codes.dithering import Dithering
-from compress import Identity
+from compress import QSGD, Identity
 from methods.drift import FedDyn
 from plumbing.folder import write_json
 from plumbing.settings import HERE, find, parts
@@ -268,9 +268,16 @@ def test_stress_learning_rates_cannot_overflow():
     federation.round()
 
 
-@pytest.mark.parametrize("randomized", [True, False])
-def test_stress_a_finer_wire_than_the_vector_bears_the_largest_vectors(randomized):
-    x, codec = torch.full((600,), 3e38), Dithering(0.5, randomized, torch.float64)
+@pytest.mark.parametrize(
+    "codec",
+    [
+        Dithering(0.5, True, torch.float64),
+        Dithering(0.5, False, torch.float64),
+        QSGD(7, "l2", 0, torch.float64),
+    ],
+)
+def test_stress_a_finer_wire_than_the_vector_bears_the_largest_vectors(codec):
+    x = torch.full((600,), 3e38)
     decoded = codec.decode(codec.encode(x, torch.Generator().manual_seed(0)), 600)
     assert ((decoded - x).norm() / x.norm().double()).square() < 0.6  # the bound is nu = 0.5
     assert decoded.to(x).isfinite().all()
