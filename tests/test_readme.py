@@ -76,6 +76,12 @@ def test_the_run_from_python_runs(capsys):
     assert "torch.Size([54314])" in capsys.readouterr().out
 
 
+def test_fedavg_drifts_and_scaffold_does_not(capsys):
+    exec(block("import Quadratics"), {})
+    ends = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(ends["FedAvg"]) > 0.1 and float(ends["SCAFFOLD"]) < 1e-9
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"(^|&& )python run.py", c)])
 def test_commands_of_run_work(command, mine, capsys):
     words = shlex.split(command.rpartition("python run.py")[2])
