@@ -186,7 +186,7 @@ def exercises_source(solved=False):
 # ---------------------------------------------------------------------------------- the folder
 
 BOOK = ["compress.py", "sam.py", "synth.py", "fl.py", "run.py"]
-FOLDERS = ["vision", "methods", "codes", "scale"]
+FOLDERS = ["vision", "methods", "codes", "scale", "plumbing"]
 OTHERS = ["tests/__init__.py", "tests/toys.py", "requirements.txt", "LICENSE"]
 CLASSROOM = ["__init__", "exercises", "theorems", "grader", "handout", "jail", "board"]
 

@@ -386,6 +386,14 @@ def test_a_handout_holds_no_answer():
     assert not any("solutions" in path or "predictions" in path for path in files)
 
 
+def test_a_handout_has_all_that_its_chapters_import(tmp_path):
+    handout.write_tree(handout.tree(data=False), tmp_path)
+    words = [sys.executable, "-P", "run.py", "--list"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "fedsynsam" in done.stdout, done.stderr
+
+
 def test_a_handout_is_written_into_a_new_folder_only(tmp_path, capsys):
     assert grader.main(["--handout", str(tmp_path / "new")]) == 0
     written = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*.*")}
