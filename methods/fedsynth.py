@@ -54,7 +54,7 @@ class FedSynth(FedAvg):
 
     @property
     def fed_back(self):
-        """"data" does not look at the update, so nothing of it is left over."""
+        """Nothing, with the objective "data": it does not look at the update."""
         return ("update",) if self.fs_objective == "update" else ()
 
     def codec(self, compressor, received, batches=None):
