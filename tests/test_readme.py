@@ -13,6 +13,7 @@ import torch
 import fl
 import run
 from compress import TopK
+from plumbing.folder import described
 
 HERE = Path(__file__).parents[1]
 README = (HERE / "README.md").read_text()
@@ -195,3 +196,9 @@ def test_the_table_counts_what_is_sent_and_computed(name):
     told = rows_of_methods().get(name)
     for number, found in zip(told or (), measured(name) if told else ()):
         assert number is None or found == pytest.approx(number, abs=0.05)
+
+
+def test_the_card_has_the_hash_of_the_default_settings():
+    settings = run.resolve()
+    _, images = run.compose(settings)
+    assert f"settings  {described(settings, images)['hash']}\n" in README
