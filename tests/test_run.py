@@ -303,6 +303,20 @@ def test_run_files_of_the_reader_that_do_not_fit_are_one_value_error(tmp_path):
         run.find("algo", f"{tmp_path}/nothing.py:M")
 
 
+def test_run_a_setting_with_the_name_of_another_one_is_refused(tmp_path):
+    path, text = tmp_path / "mine.py", "from typing import Annotated\nimport fl\n"
+    path.write_text(text + 'class M(fl.FedAvg):\n    alpha: Annotated[float, "mine"] = 0.5\n')
+    with pytest.raises(ValueError, match="m and dirichlet both have a setting alpha"):
+        run.resolve(algo=f"{path}:M")
+    assert run.resolve(algo=f"{path}:M", partition="iid")["alpha"] == 0.5
+
+
+def test_run_quick_leaves_given_settings_alone():
+    settings = run.resolve(rounds=5, warmup=4)
+    assert run.quick(settings)["rounds"] == 3
+    assert run.quick(settings, {"rounds": 5, "algo": "fedsynsam"})["rounds"] == 5
+
+
 def test_run_two_methods_are_combined_by_a_plus(run_tiny):
     Both = run.find("algo", "fedsam+scaffold")
     assert Both.__mro__[1:4] == (fl.FedSAM, fl.SCAFFOLD, fl.FedAvg)

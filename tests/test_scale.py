@@ -493,6 +493,20 @@ def test_check_method_lets_a_good_method_pass():
     check.check_method(Weaker)
 
 
+def test_check_method_compares_a_method_whose_own_term_is_off_with_its_parent():
+    class Farther(FedSAM):
+        off = {"rho": 0.0}
+
+        def point(self, w, batch, received, mine):
+            return w + 0.1, mine
+
+    check.check_off(FedSAM, {"rho": 0.0})
+    with pytest.raises(AssertionError, match="FedSAM with .* does not take the steps of FedAvg"):
+        check.check_off(FedSAM, {"rho": 0.05})
+    with pytest.raises(AssertionError, match="does not take the steps of FedSAM"):
+        check.check_method(Farther)
+
+
 def test_check_method_warns_of_a_move_that_lr_sum_does_not_fit():
     class Longer(FedAvg):
         def move(self, w, G, mine, lr):
