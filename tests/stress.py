@@ -121,10 +121,10 @@ def one_line(code, err, codes):
 
 
 def kills(numbers, draws, place, images):
-    """So many kills, a third of them of one rank of two."""
+    """So many kills, about a third of them of one rank of two, and at least one of these."""
     tally, life = Tally(), 0
-    methods = [("fedsynsam", 0), ("scaffold", 2), ("fedlesam", 0)]
-    while tally.counts["kills"] < len(numbers):
+    methods = [("scaffold", 2), ("fedsynsam", 0), ("fedlesam", 0)]
+    while tally.counts["kills"] < len(numbers) or not tally.counts["kills of one rank of two"]:
         algo, ranks = methods[life % len(methods)]
         feedback = dict(compress="topk", error_feedback=True)
         settings = run_settings(images, algo, seed=life, rounds=30, **feedback)
