@@ -1,6 +1,7 @@
 """Claims of papers, each as an experiment whose rules were written before its runs.
 
     python -m lab.claims accuracy --size quick | cpu | gpu
+    python -m lab.claims skew --tune               first, for a claim with settings of its own
 
 quick says whether it works; cpu takes about half an hour on two cores; gpu is the full form, three
 data sets with three networks. The command may be stopped and given again, and given twice at once
@@ -15,6 +16,7 @@ all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes re
     gradalign    displacement makes clients' gradients agree and helps accuracy
     man          penalising activation norms lowers the top eigenvalue and raises accuracy
     oracle       how much is there to gain from the true global direction?
+    skew         what each ascent direction gains over FedAvg, as the clients differ more
 
 A claim says which arms are run (`arms`), what is measured besides accuracy, losses, bytes and
 eigenvalue (`measures`, `watch`), and which arm minus which arm should have which sign (`rules`). A
@@ -65,6 +67,14 @@ class Claim:
     def arms(self, task):
         """{label: settings of this arm}"""
         raise NotImplementedError
+
+    def seeds_of(self, arm):
+        """How many seeds an arm has."""
+        return self.seeds
+
+    def searches(self):
+        """What --tune finds: {(name in tuned.json, arm): (settings of all runs, grid)}."""
+        return {}
 
     def measures(self, seed):
         """What is measured at the end of a run: {name in measures.MEASURES: arguments}."""
@@ -465,9 +475,110 @@ class Oracle(Claim):
         return found
 
 
+class Skew(Claim):
+    """Every ascent direction on four splits, with a learning rate and a setting of its own.
+
+    Tuned on Dir 0.1, whose winners are used on IID too, and on one class, whose winners are used on
+    two classes too: `python -m lab.claims skew --tune`. The accuracy of a run is the mean over the
+    second half of its rounds, since the global model swings.
+
+    "server" and "momentum" are whole methods: FedGloSS has FedDyn in it, FedWMSAM has SCAFFOLD and
+    FedCM. DynaFed has no ascent and spends the same synthetic images at the server.
+    """
+
+    says = (
+        "The more the clients differ, the more it matters whose gradient the ascent follows: the "
+        "synthetic direction gains over FedAvg and over the client's own, and so does the true one"
+    )
+    source = "the premise of FedSynSAM, arXiv 2602.11584, in the words of this project"
+    refuted = (
+        "at Dir 0.1 or at one class per client the synthetic or the true direction has a lower "
+        "test accuracy than FedAvg or than the own gradient, and nowhere a higher one"
+    )
+    columns = (*Claim.columns, "test_loss", "train_accuracy", "val_accuracy", "mb_up", "mb_down")
+    splits = {
+        "IID": {"partition": "iid"},
+        "Dir 0.1": {"alpha": 0.1},
+        "two classes": {"partition": "shards"},
+        "one class": {"partition": "shards", "classes_per_client": 1},
+    }
+    tuned = {"IID": "Dir 0.1", "two classes": "one class"}  # whose settings a split takes over
+    hard = ("Dir 0.1", "one class")
+    directions = {
+        "fedavg": {"algo": "fedavg"},
+        "own (FedSAM)": {"algo": "fedsam"},
+        "last update (FedLESAM)": {"algo": "fedlesam"},
+        "synthetic (FedSynSAM)": {"algo": "fedsynsam", "mix": 1.0, "warmup_method": "fedavg"},
+        "mixture (FedSynSAM)": {"algo": "fedsynsam", "mix": 0.5, "warmup_method": "fedsam"},
+        "true (oracle)": {"algo": "oracle"},
+        "server (FedGloSS)": {"algo": "fedgloss"},
+        "momentum (FedWMSAM)": {"algo": "fedwmsam"},
+        "no ascent (DynaFed)": {"algo": "dynafed"},
+    }
+
+    def __init__(self, size="cpu", results=HERE / "results"):
+        super().__init__(size, results)
+        self.seeds = 1 if size == "quick" else 5
+
+    def seeds_of(self, arm):
+        return self.seeds if arm.startswith(self.hard) else min(self.seeds, 3)
+
+    def settings(self, split, name):
+        """All settings of an arm but the tuned ones."""
+        own = self.splits[split] | UPLINKS["2 bits"] | self.directions[name]
+        if self.size == "quick":
+            return own | {"clients": 10}  # one for each class
+        own |= {"rounds": 80, "local_steps": 10, "last": 20, "measure_images": 500}
+        return own | ({"oracle_images": 100} if name.startswith("true") else {})
+
+    def searches(self):
+        found, (common,) = {}, self.tasks().values()
+        shorter = {} if self.size == "quick" else {"rounds": 40, "last": 10}
+        for split in self.hard:
+            for name in self.directions:
+                shared = study.fitting(common, self.settings(split, name) | shorter)
+                found[split, name] = shared, tune.grid_of(shared["algo"])
+        return found
+
+    def tasks(self):
+        return study.TASKS["quick" if self.size == "quick" else "cpu"]
+
+    def arms(self, task):
+        found = {}
+        for split in self.splits:
+            for name in self.directions:
+                place = self.size, self.tuned.get(split, split), name
+                chosen = tune.winner(self.results / "tuned.json", *place) or {}
+                found[f"{split}, {name}"] = self.settings(split, name) | chosen
+        return found
+
+    def baseline(self, arm):
+        return f"{arm.split(', ')[0]}, fedavg"
+
+    def rules(self, table):
+        found, arms = [], arms_of(table)
+
+        def compare(split, first, second, measure="accuracy", sign=1):
+            about = f"{first.split(' (')[0]} minus {second.split(' (')[0]}"
+            pair = f"{split}, {first}", f"{split}, {second}"
+            if set(pair) <= set(arms):
+                found.append(rule(about, *pair, measure, sign))
+
+        synthetic, true, own = "synthetic (FedSynSAM)", "true (oracle)", "own (FedSAM)"
+        for split in self.hard:
+            for first in (synthetic, true):
+                compare(split, first, "fedavg")
+                compare(split, first, own)
+        for measure in ("accuracy", "test_loss", "eigenvalue"):
+            for split in self.splits:
+                for name in list(self.directions)[1:]:
+                    compare(split, name, "fedavg", measure, 0)
+        return found
+
+
 CLAIMS = {
     claim.__name__.lower(): claim
-    for claim in (Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle)
+    for claim in (Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle, Skew)
 }
 
 
@@ -522,6 +633,18 @@ def stored_claims(results):
     return found
 
 
+def tuned(claim, root, threads):
+    """Do the searches of a claim, print the winners, exit code 0; 2 if it has none."""
+    searches, command = claim.searches(), f"python -m lab.claims {claim.name} --tune"
+    if not searches:
+        raise ValueError(f"{claim.name} tunes nothing of its own; see python -m lab.tune")
+    command += f" --size {claim.size}"
+    path = claim.results / "tuned.json"
+    for e in tune.tune(searches, claim.size, root, path, command, threads=threads):
+        print(f"{e['world']}, {e['method']}: {tune.words(e['settings'])}")
+    return 0
+
+
 def main(argv=None):
     """The command: exit code 0, 2, or 130 if interrupted."""
     p = run.Parser(prog="python -m lab.claims", description=__doc__.split("\n")[0])
@@ -530,9 +653,12 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("runs/lab"), help="where runs are kept")
     p.add_argument("--results", type=Path, default=HERE / "results")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    p.add_argument("--tune", action="store_true", default=False, help="its settings, not its runs")
     try:
         given = p.parse_args(argv)
         claim = CLAIMS[given.name](given.size, given.results)
+        if given.tune:
+            return tuned(claim, given.out, given.threads)
         rows = study.conduct(claim, given.out, threads=given.threads)
         command = f"python -m lab.claims {claim.name} --size {claim.size}"
         part = keep(claim, rows, command)

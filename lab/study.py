@@ -145,6 +145,14 @@ def alone(folder):
         yield
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Wait until no other process writes the file at this path, and keep them waiting."""
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def shared(jobs, wait=2.0):
     """Call all jobs, those that another process is busy with later: their results, in order."""
     results, left = {}, dict(enumerate(jobs))
@@ -165,6 +173,8 @@ def conduct(claim, root, **machine):
     for seed in range(claim.seeds):
         for task, common in claim.tasks().items():
             for arm, own in claim.arms(task).items():
+                if seed >= claim.seeds_of(arm):
+                    continue
                 settings = fitting(common, own) | machine | {"seed": seed}
                 jobs.append(functools.partial(row_of, claim, root, task, arm, settings))
     return shared(jobs)

@@ -1,28 +1,27 @@
 """Choosing settings fairly: the same budget for every method, and never a look at the test images.
 
     python -m lab.tune fedsam --size cpu
+    python -m lab.claims skew --tune        what a claim compares, on its own tasks
 
-A method that was tuned beats one that was not, whatever they are. So every method gets nine
-settings, three learning rates times three values of the ONE setting that matters most for it
-(`GRID`), the same rounds, the same seed (100, which no report uses), and one judge, the accuracy on
+A method that was tuned beats one that was not, whatever they are. So every method gets the same
+search over two settings, its learning rate and the ONE setting that matters most for it (`GRID`),
+in runs of the same rounds and the same seed (100, which no report uses), judged by the accuracy on
 the validation images:
 
-    stage 1     all nine, a third of the rounds       the best three go on
-    stage 2     three, all rounds                     the best one wins
+    all values of the first setting, the other one in the middle of its grid      the best stays
+    all values of the second setting                                              the best stays
+    a winner at the end of its grid: the grid grows there, until the winner has two neighbours
 
-This is successive halving with two stages: 9/3 + 3 = 6 complete runs instead of 9. Its known flaw:
-a slow learner that would win in the end may be lost in stage 1. A setting that diverges has lost.
-Of equal accuracies, the earlier in the grid wins.
+This is coordinate search, 7 runs for two settings of four values. Its known flaw: it misses a pair
+that is only good together. A setting that diverges has lost.
 
-Winners are kept in results/tuned.json with all that was tried and the command that made them; the
-claim `accuracy` uses those of its size. One validation image is 0.1 points and one seed is noisy:
-this finds good settings, not the best ones.
-
-Sources: successive halving, Jamieson and Talwalkar 2016. Grid and stages are this project's choice.
+Winners are kept in results/tuned.json with all that was tried and the command that made them. One
+validation image is 0.1 points and one seed is noisy: this finds good settings, not the best ones.
+The grids are this project's choice.
 """
 
+import contextlib
 import functools
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -32,16 +31,17 @@ from lab import study
 from plumbing.settings import HERE, closest
 
 SEED = 100
-RATES = (0.05, 0.1, 0.2)
-RADII = {"lr": RATES, "rho": (0.05, 0.1, 0.2)}
+LONGEST = 9  # values of a grid that has grown
+RATES = (0.05, 0.1, 0.2, 0.4)
+RADII = {"lr": RATES, "rho": (0.01, 0.03, 0.1, 0.3)}
 BETAS = {"lr": RATES, "beta": (0.025, 0.1, 0.4)}
-VARIATES = {"lr": RATES, "variate": (0.1, 0.5, 1.0)}
+VARIATES = {"lr": RATES, "variate": (0.1, 0.3, 1.0)}
 PROXES = {"lr": RATES, "prox": (0.01, 0.1, 1.0)}
 MOMENTA = {"lr": RATES, "momentum_alpha": (0.1, 0.3, 0.7)}
 ADAMS = {"local_adam_lr": (3e-4, 1e-3, 3e-3)}
-FINETUNE = {"finetune_lr": (1e-5, 1e-4, 1e-3)}
-SERVER = {"server_lr": (0.7, 1.0, 1.4)}
-GRID = {  # method: {setting: three values}, two settings each
+FINETUNE = {"finetune_lr": (1e-5, 1e-4, 1e-3, 1e-2)}
+SERVER = {"server_lr": (0.5, 1.0, 2.0)}
+GRID = {  # method: {setting: values}, two settings each
     **dict.fromkeys(("fedsam", "fedlesam", "fedlesam-server", "fedsynsam"), RADII),
     **dict.fromkeys(("oracle", "gcsam", "fedgloss", "fedwmsam"), RADII),
     **dict.fromkeys(("gradalign", "fedga", "fedga-previous"), BETAS),
@@ -60,57 +60,110 @@ GRID = {  # method: {setting: three values}, two settings each
 
 
 def grid_of(algo):
-    """The nine settings of a method, in the order of the grid: a list of dicts."""
+    """The grid of a method: {setting: values}."""
     if algo not in GRID:
         raise ValueError(f"no grid for {algo!r}; {closest(algo, list(GRID))}")
-    grid = GRID[algo]
-    return [dict(zip(grid, both)) for both in itertools.product(*grid.values())]
+    return GRID[algo]
 
 
-def stages(settings):
-    """The two stages for a run with all these settings: [(rounds, how many settings enter)]."""
-    T, warmup = settings["rounds"], settings.get("warmup", 0)
-    return [(max(T // 3, min(warmup + 1, T)), 9), (T, 3)]
+def search(grid, score, legal=lambda name, value: True):
+    """Coordinate search: (the chosen settings, all that was tried [(settings, score or None)]).
 
-
-def halving(algo, shared, score):
-    """Successive halving: [(rounds, settings, validation accuracy or None)], the winner last.
-
-    shared: the settings that all runs share. score(settings): the validation accuracy of a run,
-    None if it diverged. Raises ValueError if all diverged.
+    grid: {setting: values}; score(settings): validation accuracy, None if the run diverged.
+    legal(name, value): whether a grid may grow there. Raises ValueError if all runs diverged.
     """
-    shared = study.fitting(shared, {"algo": algo, "seed": SEED})
-    tried, left = [], grid_of(algo)
-    for rounds, many in stages(run.resolve(**shared)):
-        scores = [(rounds, s, score(shared | {"rounds": rounds} | s)) for s in left[:many]]
-        scores.sort(key=lambda entry: -1 if entry[2] is None else entry[2], reverse=True)
-        left = [settings for _, settings, found in scores if found is not None]
-        tried += scores[::-1]
-    if not left:
-        raise ValueError(f"every setting of {algo} that was tried diverged")
-    return tried
+    chosen = {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
+    tried = []
+
+    def score_of(settings):
+        for earlier, found in tried:
+            if earlier == settings:
+                return found
+        tried.append((settings, score(settings)))
+        return tried[-1][1]
+
+    for name, values in grid.items():
+        values = sorted(values)
+        while True:
+            scores = [score_of(chosen | {name: value}) for value in values]
+            if all(x is None for x in scores):
+                raise ValueError(f"all values of {name} that were tried diverged: {values}")
+            best = max(range(len(values)), key=lambda k: rank(scores[k], values[k], chosen[name]))
+            grown = one_more(values, best)
+            if len(values) == LONGEST or grown is None or not legal(name, grown):
+                break
+            values = sorted([*values, grown])
+        chosen = chosen | {name: values[best]}
+    return chosen, tried
+
+
+def rank(score, value, before):
+    """The order of values: by score, and of equal scores the value before the search."""
+    return -1 if score is None else score, value == before
+
+
+def one_more(values, best):
+    """The value beyond the end of a grid where its best one lies, at equal ratios, or None."""
+    if best == 0:
+        return float(f"{values[0] ** 2 / values[1]:.3g}")
+    if best == len(values) - 1:
+        return float(f"{values[-1] ** 2 / values[-2]:.3g}")
+    return None
 
 
 def accuracy_of(root, settings):
-    """The validation accuracy of a run, trained if it is not there; None if it diverged."""
+    """The validation accuracy of a run, trained if it is not there; None if it diverged.
+
+    Raises study.Busy while another process is at this run.
+    """
     try:
-        (run_of,) = study.shared([functools.partial(study.train, root, settings)])
+        return study.train(root, settings)[1]["val_acc"]
     except FloatingPointError:
         return None
-    return run_of[1]["val_acc"]
 
 
-def tune(algo, tasks, size, root, path, command, **machine):
-    """Tune a method on {task: settings}, put the winners into the file at `path`: the entries."""
-    found = []
-    for task, shared in tasks.items():
-        tried = halving(algo, shared, lambda s: accuracy_of(root, s | machine))
-        rounds, chosen, score = tried[-1]
-        entry = {"size": size, "world": task, "method": algo, "settings": chosen, "val_acc": score}
-        entry |= {"rounds": rounds, "seed": SEED, "command": command, "tried": tried}
-        enter(path, entry)
-        found.append(entry)
-    return found
+def winner_of(root, shared, grid, about):
+    """Search the grid with these settings for all runs: an entry of tuned.json.
+
+    about: {"size", "world" (the task), "method" (or the arm of a claim), "command"}
+    """
+
+    def legal(name, value):
+        with contextlib.suppress(ValueError):
+            return bool(run.resolve(**shared | {name: value}))
+        return False
+
+    shared = shared | {"seed": SEED}
+    chosen, tried = search(grid, lambda s: accuracy_of(root, shared | s), legal)
+    rounds = run.resolve(**shared)["rounds"]
+    told = {
+        "settings": chosen,
+        "val_acc": score_among(tried, chosen),
+        "rounds": rounds,
+        "seed": SEED,
+    }
+    return about | told | {"tried": [[rounds, *pair] for pair in tried]}
+
+
+def score_among(tried, chosen):
+    return next(found for settings, found in tried if settings == chosen)
+
+
+def tune(searches, size, root, path, command, **machine):
+    """Do all searches {(task, arm): (settings of all runs, grid)}; winners go to the file at path.
+
+    Several processes share the work. -> the entries, in order
+    """
+
+    def job(place, shared, grid):
+        about = {"size": size, "world": place[0], "method": place[1], "command": command}
+        entry = winner_of(root, shared | machine, grid, about)
+        with study.locked(root / "tuned.json"):
+            enter(path, entry)
+        return entry
+
+    jobs = [functools.partial(job, place, *what) for place, what in searches.items()]
+    return study.shared(jobs)
 
 
 def entries(path):
@@ -120,13 +173,13 @@ def entries(path):
 
 def place(entry):
     """What an entry is for, in the order of the file."""
-    return study.SIZES.index(entry["size"]), entry["world"], list(GRID).index(entry["method"])
+    return study.SIZES.index(entry["size"]), entry["world"], entry["method"]
 
 
 def enter(path, entry):
     """Put an entry into tuned.json, in place of one for the same size, task and method."""
-    others = [e for e in entries(path) if place(e) != place(entry)]
     path.parent.mkdir(parents=True, exist_ok=True)
+    others = [e for e in entries(path) if place(e) != place(entry)]
     lines = [json.dumps(e) for e in sorted([*others, entry], key=place)]
     run.write(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -167,10 +220,14 @@ def main(argv=None):
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     try:
         given = p.parse_args(argv)
-        path, size = given.results / "tuned.json", given.size
+        grid, size = grid_of(given.algo), given.size
         command = f"python -m lab.tune {given.algo} --size {size}"
-        machine = {"threads": given.threads}
-        found = tune(given.algo, study.TASKS[size], size, given.out, path, command, **machine)
+        own = {"algo": given.algo}
+        searches = {
+            (t, given.algo): (study.fitting(x, own), grid) for t, x in study.TASKS[size].items()
+        }
+        places = given.out, given.results / "tuned.json"
+        found = tune(searches, size, *places, command, threads=given.threads)
     except (ValueError, OSError) as error:
         print(f"lab.tune: {error}", file=sys.stderr)
         return 2

@@ -169,6 +169,7 @@ MEASURES = {  # name: (what it is called, digits)
     "accuracy": ("test accuracy %", 2),
     "at_equal_bytes": ("test accuracy % at equal bytes up", 2),
     "val_accuracy": ("validation accuracy %", 2),
+    "train_accuracy": ("training accuracy %", 2),
     "train_loss": ("training loss", 3),
     "test_loss": ("test loss", 3),
     "eigenvalue": ("top eigenvalue", 1),
