@@ -249,6 +249,10 @@ def explained(settings):
     """If a number stops being finite, say also which settings are not the defaults."""
     try:
         yield
+    except RuntimeError as error:  # torch has no class of its own for memory that a CPU lacks
+        if "DefaultCPUAllocator" in str(error):
+            raise MemoryError(str(error).partition("DefaultCPUAllocator: ")[2]) from None
+        raise
     except FloatingPointError as error:
         declared = [item for part in owners(settings) for item in settings_of(part).items()]
         floats = {name for name, s in declared if s.type is float and settings[name] != s.default}

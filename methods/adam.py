@@ -21,10 +21,11 @@ class FedAdam(FedAvg):
 
         w^{t+1} = w^t + adam_lr m / (sqrt(v) + adam_eps)
 
-    One gradient a step. server_lr is not used. m and v start at 0, as in FL-Simulator.
+    One gradient a step. m and v start at 0, as in FL-Simulator.
     Source: Reddi et al. 2021, Algorithm 2, as in FL-Simulator's code.
     """
 
+    server_lr: float = 1.0  # no setting: adam_lr takes its place
     adam_lr: Annotated[float, "learning rate of the server", 1e-12, None] = 0.1
     adam_b1: Annotated[float, "decay of m in a round", 0, 0.9999] = 0.9
     adam_b2: Annotated[float, "decay of v in a round", 0, 0.9999] = 0.99

@@ -236,7 +236,16 @@ def fits(federation, log):
         and all(i in clients and alike(mine, at_first) for i, mine in f.memory.items())
         and f.informed <= set(clients)
         and alike(f.method.state, f.method.first_state())
+        and all(alike(w, f.task.w0) for w in f.method.state.get("trajectory", ()))
+        and images_fit(f.task, f.method.state.get("X"), f.method.state.get("Y"))
     )
+
+
+def images_fit(task, X, Y):
+    """Are these synthetic images and labels of this task, or is neither there?"""
+    if X is None or Y is None:
+        return X is Y
+    return len(X) and (X.shape[1:], Y.shape) == (task.image_shape, (len(X), task.classes))
 
 
 def alike(x, like):

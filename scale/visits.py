@@ -147,34 +147,44 @@ class Group:
     compute, and if a process dies, gloo notices at once, while nccl waits.
     """
 
+    minutes_to_meet = 5.0
+
     def __init__(self):
-        if not dist.is_initialized():  # torchrun says in the environment how many there are
-            patience = datetime.timedelta(days=1)  # the others wait while rank 0 evaluates
-            dist.init_process_group("gloo", timeout=patience)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.all = self.together(meet, self.minutes_to_meet)
 
     def all_gather(self, message):
         """bytes of every rank -> the list [size] of all of them, the same on every rank."""
         messages = [None] * self.size
-        self.together(dist.all_gather_object, messages, message)
+        self.together(dist.all_gather_object, messages, message, self.all)
         return messages
 
     def broadcast(self, message):
         """bytes of rank 0 -> the same on every rank."""
         box = [message]
-        self.together(dist.broadcast_object_list, box, 0)
+        self.together(dist.broadcast_object_list, box, 0, self.all)
         return box[0]
 
     def together(self, collective, *arguments):
         """Call a function of torch.distributed, which all ranks must call.  Raises Lost."""
         try:
-            collective(*arguments)
+            return collective(*arguments)
         except RuntimeError as error:  # gloo: "Connection closed by peer", and others
             reason = str(error).splitlines()[0][:120]
             raise Lost(
                 f"process {self.rank} of {self.size} lost the others: one of them has ended, "
                 f"and its own message says why ({reason})"
             ) from None
+
+
+def meet(minutes):
+    """Wait for all processes that torchrun started -> their group.
+
+    They must come within some minutes. Later they may wait for a day, while rank 0 evaluates.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=minutes))
+    return dist.new_group(timeout=datetime.timedelta(days=1))
 
 
 def leave():

@@ -38,6 +38,7 @@ from methods.fedwmsam import FedWMSAM
 from methods.labelcal import LabelCal, calibrated_loss
 from methods.oracle import Oracle
 from methods.sam_variants import GCSAM, FedASAM, FedLESAM_Server, centralise
+from plumbing.settings import settings_of
 from tests.toys import Linear, Quadratics, f64, in_batches, normal
 
 torch.set_num_threads(1)  # tiny tensors; pytest runs a worker on every core
@@ -435,6 +436,10 @@ def test_fedprox_holds_its_clients_the_tighter_the_larger_prox_is():
         for p in (0.0, 1.0, 10.0, 1000.0)
     ]
     assert moves == sorted(moves, reverse=True) and moves[-1] < 0.02 * moves[0]
+
+
+def test_fedadam_has_no_setting_without_effect():
+    assert "server_lr" not in settings_of(FedAdam) and "server_lr" in settings_of(FedAvg)
 
 
 def test_fedadam_is_fedavg_where_eps_drowns_v_and_the_sign_where_nothing_is_kept():

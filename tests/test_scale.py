@@ -274,6 +274,17 @@ def lose_a_rank(folder, rank, P):
         (Path(folder) / f"lost{rank}").write_text(f"{time.time() - start} {error}")
 
 
+def never_meet(folder, rank, P):
+    """Rank 1 dies before it has met the others."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    visits.Group.minutes_to_meet = 0.05
+    try:
+        visits.Group()
+    except visits.Lost as error:
+        (Path(folder) / f"alone{rank}").write_text(str(error))
+
+
 def start_groups(folder, jobs):
     """Fork a group of processes for each (function, P), all at once, and wait for them."""
     torch.set_num_threads(1)
@@ -321,13 +332,15 @@ def test_one_two_and_three_processes_end_with_the_bits_of_the_plain_loop(tmp_pat
 
 
 def test_processes_notice_an_error_of_one_and_the_death_of_one(tmp_path):
-    in_a_fresh_interpreter(tmp_path, [("meet_an_error", 2), ("lose_a_rank", 3)])
+    jobs = [("meet_an_error", 2), ("lose_a_rank", 3), ("never_meet", 2)]
+    in_a_fresh_interpreter(tmp_path, jobs)
     errors = [(tmp_path / f"error{rank}").read_text() for rank in range(2)]
     assert errors[0] == errors[1] and "Strange" in errors[0]
     for rank in 0, 2:
         seconds, text = (tmp_path / f"lost{rank}").read_text().split(" ", 1)
         assert float(seconds) < 20
         assert text.startswith(f"process {rank} of 3 lost the others: one of them has ended")
+    assert (tmp_path / "alone0").read_text().startswith("process 0 of 2 lost the others")
 
 
 TORCHRUN = """

@@ -29,6 +29,7 @@ from tests.test_run import (
     run_tiny,
     run_words,
 )
+from vision import task
 
 __all__ = ["run_images", "run_tiny"]  # fixtures
 
@@ -101,6 +102,32 @@ def test_stress_a_checkpoint_that_another_program_wrote_is_refused(name, finishe
     torch.save({n: x for n, x in stored.items() if n != name}, folder / "checkpoint.pt")
     with pytest.raises(ValueError, match="checkpoint.pt is of no use"):
         run.experiment(folder, **settings)
+
+
+def test_stress_synthetic_images_of_another_task_are_refused(tmp_path, run_tiny):
+    settings = run_tiny("fedsynsam")
+    run.experiment(tmp_path / "a", **settings)
+    path = tmp_path / "a" / "checkpoint.pt"
+    stored = torch.load(path, weights_only=True)
+    X, Y = stored["state"]["X"], stored["state"]["Y"]
+    bad = [{"X": X[:, :, 1:]}, {"Y": Y[:, 1:]}, {"X": X[1:]}, {"X": X[:0], "Y": Y[:0]}, {"X": None}]
+    for change in [*bad, {"trajectory": [stored["w"][1:]]}, {"trajectory": [0]}]:
+        torch.save(stored | {"state": stored["state"] | change}, path)
+        with pytest.raises(ValueError, match="checkpoint.pt is of no use"):
+            run.experiment(tmp_path / "a", **settings)
+
+
+def test_stress_memory_that_is_not_there_is_said(capsys, monkeypatch):
+    command = ["--algo", "fedavg", "--batch", "100000", "--local-steps"]
+    assert run_main(capsys, *command, 100000)[0] == 2
+    command += [1, "--quick", "--name", "a"]
+
+    def greedy(self, *_):
+        return torch.empty(10**15)
+
+    monkeypatch.setattr(task.Images, "plan", greedy)
+    code, _, err = run_main(capsys, *command)
+    assert code == 1 and "memory" in err and "bytes" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("algo", parts("algo"))

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from vision import data
 
+MOST_ROWS = 10**8  # of batches that are drawn at once
+
 
 class Images:
     """Image classification by N clients.
@@ -43,6 +45,11 @@ class Images:
         man: Annotated[float, "weight zeta of MAN's term in the loss; 0: without", 0, None] = 0.0,
         bf16: Annotated[bool, "gradients of clients in bfloat16, all else in float32"] = False,
     ):
+        if not local_epochs and batch * local_steps > MOST_ROWS:
+            raise ValueError(
+                f"batch = {batch} times local_steps = {local_steps} is {batch * local_steps:.2g} "
+                f"images for one visit of a client; at most {MOST_ROWS:.0e}"
+            )
         self.w0, self.weights, self.shapes = model.w0, model.weights, model.shapes
         self.apply, self.watched = model.apply, model.watched
         self.train, self.parts = train, parts
