@@ -117,10 +117,10 @@ def test_stress_synthetic_images_of_another_task_are_refused(tmp_path, run_tiny)
             run.experiment(tmp_path / "a", **settings)
 
 
-def test_stress_memory_that_is_not_there_is_said(capsys, monkeypatch):
+def test_stress_memory_that_is_not_there_is_said(capsys, monkeypatch, tmp_path):
     command = ["--algo", "fedavg", "--batch", "100000", "--local-steps"]
     assert run_main(capsys, *command, 100000)[0] == 2
-    command += [1, "--quick", "--name", "a"]
+    command += [1, "--quick", "--out", tmp_path]
 
     def greedy(self, *_):
         return torch.empty(10**15)
