@@ -5,6 +5,7 @@ command once at a tiny size.
     python -m pytest tests/test_lab.py
 """
 
+import collections
 import copy
 import json
 import math
@@ -518,12 +519,31 @@ def test_every_arm_of_every_size_is_legal_and_of_its_own(name, size):
         assert any(a.startswith(claim.baseline(a)) for a in arms)
     assert set(claim.measures(0)) <= set(measures.MEASURES)
     assert {*claim.columns, *claim.panels} <= set(verdicts.MEASURES)
-    assert (
-        claim.says
-        and claim.refuted
-        and claim.source
-        and claim.seeds == (1 if size == "quick" else 3)
-    )
+    assert claim.says and claim.refuted and claim.source
+    assert claim.seeds == 1 if size == "quick" else claim.seeds in (3, 5)
+    for (_, arm), (shared, grid) in claim.searches().items():
+        assert grid == tune.grid_of(shared["algo"]) and run.resolve(**shared)["val"]
+
+
+def test_skew_takes_the_settings_that_were_tuned_for_it(tmp_path, monkeypatch):
+    claim, lr = claims.Skew("cpu", tmp_path), iter(range(1, 99))
+    for split, name in claim.searches():
+        found = {"size": "cpu", "world": split, "method": name, "settings": {"lr": next(lr)}}
+        tune.enter(tmp_path / "tuned.json", found)
+    arms = claim.arms("")
+    assert [arms[f"{split}, fedavg"]["lr"] for split in claim.splits] == [1, 1, 10, 10]
+    assert len({own["lr"] for own in arms.values()}) == 18 and len(arms) == 36
+    seen = []
+    monkeypatch.setattr(study, "row_of", lambda claim, root, task, arm, s: seen.append((arm, s)))
+    study.conduct(claim, tmp_path)
+    counts = collections.Counter(arm for arm, _ in seen)
+    assert {arm.split(",")[0]: n for arm, n in counts.items()} == {
+        "IID": 3,
+        "Dir 0.1": 5,
+        "two classes": 3,
+        "one class": 5,
+    }
+    assert tune.SEED not in {s["seed"] for _, s in seen}
 
 
 @pytest.mark.parametrize("size, d", (("cpu", 50890), ("gpu", 308746)))
@@ -686,33 +706,66 @@ def test_two_stored_models_side_by_side(whole, tmp_path, capsys):
 # ------------------------------------------------------------------------- tuning and presets
 
 
-def test_tuning_picks_the_best_on_validation_images():
+def test_tuning_searches_one_setting_after_the_other():
     seen = []
 
-    def score(s):  # best at lr 0.1, rho 0.2, but only at the end
-        seen.append(s)
-        late = s["rounds"] == 60
-        if s["lr"] == s["rho"] == 0.2:
-            return None
-        return 0.9 - abs(s["lr"] - 0.1) - (0.2 - s["rho"] if late else abs(0.1 - s["rho"])) / 10
+    def score(s):  # best at lr 0.1, rho 0.2; rho matters more at other lr, and lr 0.4 diverges
+        seen.append((s["lr"], s["rho"]))
+        return None if s["lr"] == 0.4 else 0.9 - abs(s["lr"] - 0.1) - abs(s["rho"] - 0.2) * s["lr"]
 
-    tried = tune.halving("fedsam", {}, score)
-    assert tried[-1][:2] == (60, {"lr": 0.1, "rho": 0.2}) and len(tried) == 12
-    assert [s["rounds"] for s in seen] == [20] * 9 + [60] * 3 and {s["seed"] for s in seen} == {100}
-    assert {(s["lr"], s["rho"]) for s in seen[9:]} == {(0.1, rho) for rho in (0.05, 0.1, 0.2)}
-    with pytest.raises(ValueError, match="diverged"):
-        tune.halving("fedsam", {}, lambda s: None)
+    grid = {"lr": (0.4, 0.05, 0.1, 0.2), "rho": (0.1, 0.2, 0.4)}
+    chosen, tried = tune.search(grid, score)
+    assert chosen == {"lr": 0.1, "rho": 0.2}
+    assert seen == [(0.05, 0.2), (0.1, 0.2), (0.2, 0.2), (0.4, 0.2), (0.1, 0.1), (0.1, 0.4)]
+    assert [tuple(s.values()) for s, _ in tried] == seen and tried[3][1] is None
+    with pytest.raises(ValueError, match="all values of lr that were tried diverged"):
+        tune.search(grid, lambda s: None)
+
+
+@pytest.mark.parametrize("best", [0.003, 3.0])
+def test_a_grid_grows_until_its_winner_has_two_neighbours(best):
+    def score(s):
+        return -abs(math.log(s["rho"] / best))
+
+    chosen, tried = tune.search({"rho": (0.03, 0.1, 0.3)}, score)
+    values = sorted(s["rho"] for s, _ in tried)
+    place = values.index(chosen["rho"])
+    assert chosen["rho"] == pytest.approx(best, rel=0.3) and 0 < place < len(values) - 1
+    assert tune.search({"rho": (0.1, 0.3, 1.0)}, score, lambda _, x: 0.05 < x <= 1)[0] == {
+        "rho": min(max(best, 0.1), 1.0)
+    }
+    assert len(tune.search({"rho": (0.1, 0.2)}, lambda s: s["rho"])[1]) == tune.LONGEST
+    assert tune.search({"rho": (0.1, 0.2, 0.3)}, lambda s: 0.5)[0] == {"rho": 0.2}  # a draw
 
 
 @pytest.mark.parametrize("algo", tune.GRID)
-def test_every_grid_is_nine_legal_settings(algo):
-    found = tune.grid_of(algo)
-    assert len({json.dumps(s) for s in found}) == 9
+def test_every_grid_has_at_least_three_legal_values(algo):
+    grid = tune.grid_of(algo)
     for size in study.SIZES:
         shared = study.fitting(next(iter(study.TASKS[size].values())), {"algo": algo})
-        (first, nine), (last, three) = tune.stages(run.resolve(**shared))
-        assert first <= last and (nine, three) == (9, 3)
-        assert all(run.resolve(**shared | {"rounds": first} | s) for s in found)
+        for name, values in grid.items():
+            assert len(set(values)) == len(values) >= 3 and list(values) == sorted(values)
+            assert all(run.resolve(**shared | {name: value}) for value in values)
+
+
+def test_two_processes_share_a_search(tmp_path, monkeypatch):
+    """While another process is at a run of the first search, the second search goes on."""
+    order, busy = [], [True]
+
+    def score(root, s):
+        if s["algo"] == "fedavg" and busy and busy.pop():
+            raise study.Busy
+        order.append(s["algo"])
+        return s["lr"]
+
+    monkeypatch.setattr(tune, "accuracy_of", score)
+    monkeypatch.setattr(study.time, "sleep", lambda s: None)
+    grid = {"lr": (0.1, 0.2, 0.3)}
+    searches = {("", algo): ({"algo": algo}, grid) for algo in ("fedavg", "fedsam")}
+    found = tune.tune(searches, "quick", tmp_path, tmp_path / "tuned.json", "a command")
+    assert [e["method"] for e in found] == ["fedavg", "fedsam"]
+    assert list(dict.fromkeys(order)) == ["fedsam", "fedavg"]
+    assert all(e["rounds"] == 60 and e["seed"] == 100 for e in found)
 
 
 def test_every_method_has_a_grid():
@@ -728,13 +781,17 @@ def test_a_score_of_tuning_is_the_validation_accuracy_of_a_run(tmp_path):
 
 
 def test_winners_are_kept_and_used_by_the_claim(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tune, "accuracy_of", lambda root, s: s["lr"] * s["server_lr"])
-    words = ["fedavg", "--size", "quick", "--results", str(tmp_path)]
-    assert tune.main(words) == 0 and "lr 0.2, server_lr 1.4" in capsys.readouterr().out
+    def score(root, s):
+        return 1 - abs(s["lr"] - 0.2) - abs(s["server_lr"] - 1)
+
+    monkeypatch.setattr(tune, "accuracy_of", score)
+    words = ["fedavg", "--size", "quick", "--results", str(tmp_path), "--out", str(tmp_path)]
+    assert tune.main(words) == 0 and "lr 0.2, server_lr 1, 100.00 %" in capsys.readouterr().out
     path = tmp_path / "tuned.json"
     (entry,) = tune.entries(path)
     assert entry["command"] == "python -m lab.tune fedavg --size quick"
-    assert len(entry["tried"]) == 12 and entry["settings"] == {"lr": 0.2, "server_lr": 1.4}
+    assert len(entry["tried"]) == 6 and entry["settings"] == {"lr": 0.2, "server_lr": 1.0}
+    assert entry["val_acc"] == 1 and entry["tried"][0] == [4, {"lr": 0.05, "server_lr": 1.0}, 0.85]
     tune.enter(path, entry | {"size": "cpu", "settings": {"lr": 0.05}})
     tune.enter(path, entry | {"size": "cpu", "settings": {"lr": 0.07}})
     assert len(path.read_text().splitlines()) == 4  # a line each, between brackets
