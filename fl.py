@@ -32,6 +32,7 @@ hooks changed, here in the order of a round:
              remember         what it remembers, once it knows what the server decoded
     server   collect          what is averaged, made of the decoded upload of a client
              aggregate        the next global model
+             judged           the model that is evaluated, if it is not the global one
 
 Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `exchanges`
 (names of methods, each of which ends with an upload; methods/alignment.py has one before "train"),
@@ -146,6 +147,10 @@ class FedAvg:
         share of all N clients, so share * mean is what this round adds to a mean over all clients.
         """
         return w + self.server_lr * mean["update"]
+
+    def judged(self, w):
+        """The model that is evaluated when the global model is w [d]."""
+        return w
 
     # On a client.
 
@@ -420,6 +425,10 @@ class Federation:
         if not w.isfinite().all():
             raise FloatingPointError(f"{self.place()}: the new global model is not finite")
         self.w, self.t = w, self.t + 1
+
+    def judged(self):
+        """The model that is evaluated [d]."""
+        return self.method.judged(self.w)
 
     def choose(self):
         """The clients of this round: m of N, without replacement."""

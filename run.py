@@ -271,7 +271,7 @@ def row_of(federation, images, sample, settings):
         for name, some in (("train", sample), ("val", images.val), ("test", images.test)):
             if len(some.y):
                 apply, each = federation.task.apply, each_of(federation)
-                loss, accuracy = task.evaluate(apply, federation.w, some, each=each)
+                loss, accuracy = task.evaluate(apply, federation.judged(), some, each=each)
                 row |= {f"{name}_loss": loss, f"{name}_acc": accuracy}
         if not math.isfinite(row["train_loss"]):
             where = f"after {t} rounds (|w_j| up to {federation.w.abs().max():.2g})"
@@ -312,8 +312,8 @@ def result_of(config, federation, log, sample):
 
 
 def eigenvalue(federation, images):
-    """The largest Hessian eigenvalue of the mean cross-entropy of images, at the global model."""
-    w, apply, n = federation.w, federation.task.apply, len(images.y)
+    """The largest Hessian eigenvalue of the mean cross-entropy of images, at the judged model."""
+    w, apply, n = federation.judged(), federation.task.apply, len(images.y)
 
     def share_of(x, y):
         return lambda v: cross_entropy(apply(v, x), y, reduction="sum") / n

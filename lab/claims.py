@@ -495,7 +495,8 @@ class Skew(Claim):
         "at Dir 0.1 or at one class per client the synthetic or the true direction has a lower "
         "test accuracy than FedAvg or than the own gradient, and nowhere a higher one"
     )
-    columns = (*Claim.columns, "test_loss", "train_accuracy", "val_accuracy", "mb_up", "mb_down")
+    columns = (*Claim.columns, "test_loss", "train_accuracy", "mean_model", "cos_own")
+    columns += ("cos_last_move", "cos_synthetic", "seconds")
     splits = {
         "IID": {"partition": "iid"},
         "Dir 0.1": {"alpha": 0.1},
@@ -552,6 +553,10 @@ class Skew(Claim):
                 found[f"{split}, {name}"] = self.settings(split, name) | chosen
         return found
 
+    def watch(self, task):
+        every, mean_from = (2, 2) if self.size == "quick" else (40, 40)
+        return {"every": every, "names": ["alignment", "mean_model"], "mean_from": mean_from}
+
     def baseline(self, arm):
         return f"{arm.split(', ')[0]}, fedavg"
 
@@ -569,7 +574,7 @@ class Skew(Claim):
             for first in (synthetic, true):
                 compare(split, first, "fedavg")
                 compare(split, first, own)
-        for measure in ("accuracy", "test_loss", "eigenvalue"):
+        for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
             for split in self.splits:
                 for name in list(self.directions)[1:]:
                     compare(split, name, "fedavg", measure, 0)

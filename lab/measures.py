@@ -51,6 +51,7 @@ import sam
 import synth
 from plumbing.folder import read_json
 from plumbing.settings import closest
+from vision import task
 
 # --------------------------------------------------------------------------------------- the loss L
 
@@ -283,34 +284,34 @@ def seconds_of_a_step(federation, times=3):
 
 def measure_eigenvalues(federation, sample):
     """Both ends of the spectrum of H, and what PyHessian's power iteration would find."""
-    largest, smallest = ends(sample.hessian(federation.w), federation.w)
+    largest, smallest = ends(sample.hessian(federation.judged()), federation.judged())
     magnitude = max(largest, smallest, key=abs)
     return {"largest": largest, "smallest": smallest, "largest_magnitude": magnitude}
 
 
 def measure_trace(federation, sample, samples=10):
-    estimate, error = trace(sample.hessian(federation.w), federation.w, samples)
+    estimate, error = trace(sample.hessian(federation.judged()), federation.judged(), samples)
     return {"trace": estimate, "trace_error": error}
 
 
 def measure_sam(federation, sample, rho=0.1, steps=5):
-    return {"sam": sam_sharpness(sample.loss, sample.gradient, federation.w, rho, steps)[1]}
+    return {"sam": sam_sharpness(sample.loss, sample.gradient, federation.judged(), rho, steps)[1]}
 
 
 def directions(federation):
     """Two filter-normalised directions [d] at the global model, of the seeds 0 and 1."""
-    return [filter_direction(federation.w, federation.task.shapes, seed) for seed in (0, 1)]
+    return [filter_direction(federation.judged(), federation.task.shapes, seed) for seed in (0, 1)]
 
 
 def measure_slice(federation, sample, points=21):
     at = places(points)
-    losses = line(sample.loss, federation.w, directions(federation)[0], at)
+    losses = line(sample.loss, federation.judged(), directions(federation)[0], at)
     return {"slice_at": at, "slice": losses}
 
 
 def measure_plane(federation, sample, points=11, span=1.0):
     at = places(points, span)
-    losses = plane(sample.loss, federation.w, *directions(federation), at)
+    losses = plane(sample.loss, federation.judged(), *directions(federation), at)
     return {"plane_at": at, "plane": losses}
 
 
@@ -381,16 +382,21 @@ def opened(folder):
 class Watch:
     """Called after every round: measures in every `every`-th, as lines of FOLDER/watched.jsonl.
 
-    names: of "eigenvalue" and "alignment"; n: training images to measure on. Alignment needs the
-    last move of the global model, also without compression, so one round earlier the model and the
-    coming move are stored: a run that is killed and continued gives the same lines.
+    names: of "eigenvalue", "alignment" and "mean_model"; n: training images to measure on; images:
+    a vision.data.Dataset. Alignment needs the last move of the global model, also without
+    compression, so one round earlier the model and the coming move are stored. "mean_model" is the
+    mean of the global models after round `mean_from`, as in methods/swa.py; it is stored in every
+    round. So a run that is killed and continued gives the same lines.
     """
 
-    def __init__(self, folder, every, names, n):
-        self.folder, self.every, self.names, self.n = Path(folder), every, names, n
+    def __init__(self, folder, images, n, every, names, mean_from=0):
+        self.folder, self.images, self.n = Path(folder), images, n
+        self.every, self.names, self.mean_from = every, names, mean_from
 
     def __call__(self, federation):
         t = federation.t
+        if "mean_model" in self.names and t > self.mean_from:
+            self.add_to_mean(federation)
         if t % self.every == 0:
             row = {"round": t} | self.measured(federation)
             with open(self.folder / "watched.jsonl", "a") as file:
@@ -407,7 +413,23 @@ class Watch:
             row["eigenvalue"] = sam.largest_eigenvalue(H, federation.w)
         if "alignment" in self.names:
             row["alignment"] = alignment(federation, sample, self.moves(federation))
+        if "mean_model" in self.names and federation.t > self.mean_from:
+            row["mean_model"] = self.judge_mean(federation)
         return row
+
+    def add_to_mean(self, federation):
+        path, t = self.folder / "mean.pt", federation.t
+        seen = torch.load(path) if path.exists() else {"t": self.mean_from, "w": federation.w}
+        if seen["t"] == t - 1:  # a round that is made again is in it already
+            w = seen["w"] + (federation.w - seen["w"]) / (t - self.mean_from)
+            torch.save({"t": t, "w": w}, path)
+
+    def judge_mean(self, federation):
+        w, found = torch.load(self.folder / "mean.pt")["w"], {}
+        for name, some in (("val", self.images.val), ("test", self.images.test)):
+            loss, accuracy = task.evaluate(federation.task.apply, w, some)
+            found |= {f"{name}_loss": loss, f"{name}_acc": accuracy}
+        return found
 
     def moves(self, federation):
         """The last move of the global model, as it was and as the clients meant it."""

@@ -120,8 +120,8 @@ def train(root, settings, watch=None):
         if lost.exists():
             raise FloatingPointError(lost.read_text())
         try:
-            n = resolved["measure_images"]
-            watcher = watch and measures.Watch(folder, watch["every"], watch["names"], n)
+            images, n = images_of(resolved["dataset"], resolved["val"]), resolved["measure_images"]
+            watcher = watch and measures.Watch(folder, images, n, **watch)
             outcome = run.experiment(folder, watch=watcher, **resolved)
         except FloatingPointError as error:
             run.write(lost, str(error))
@@ -214,6 +214,7 @@ def frame(rows, defaults):
     table["accuracy"] = table.get("test_accuracy", np.nan)
     for name in ("up", "down"):
         table["mb_" + name] = table.get(name, np.nan) / 1e6
+    table["mean_model"] = [mean_model(row) for row in rows]
     table["message"] = [message_bytes(row, defaults) for row in rows]
     for name in COSINES:
         table["cos_" + name] = [cosine(row, name) for row in rows]
@@ -237,10 +238,16 @@ COSINES = ("own", "last_move", "last_uncompressed", "synthetic", "mixed")
 
 
 def cosine(row, name):
-    """The mean of a cosine over the rounds measured after the synthesis, or nan."""
+    """The mean of a cosine over the rounds measured (after the synthesis, if any), or nan."""
     seen = [line["alignment"] for line in row.get("log", ()) if "alignment" in line]
-    found = [a[name] for a in seen if a["synthetic"] is not None]
+    found = [a[name] for a in [a for a in seen if a["synthetic"] is not None] or seen]
     return float(np.mean(found)) if found and None not in found else np.nan
+
+
+def mean_model(row):
+    """Test accuracy % of the mean of the last global models (measures.Watch), or nan."""
+    seen = [line["mean_model"] for line in row.get("log", ()) if "mean_model" in line]
+    return 100 * seen[-1]["test_acc"] if seen else np.nan
 
 
 def at_equal_bytes(table, last=5):

@@ -167,6 +167,7 @@ def word(row):
 
 MEASURES = {  # name: (what it is called, digits)
     "accuracy": ("test accuracy %", 2),
+    "mean_model": ("test accuracy % of the mean model", 2),
     "at_equal_bytes": ("test accuracy % at equal bytes up", 2),
     "val_accuracy": ("validation accuracy %", 2),
     "train_accuracy": ("training accuracy %", 2),

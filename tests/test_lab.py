@@ -364,6 +364,21 @@ def test_the_digest_of_code_does_not_see_comments_and_docstrings():
     assert study.bare(source) == study.bare(other) != study.bare(other.replace("2", "3"))
 
 
+def test_the_mean_model_of_a_watch_is_what_swa_judges(tmp_path):
+    watch = {"every": 2, "names": ["mean_model"], "mean_from": 1}
+    settings = study.fitting(TINY, {"algo": "fedavg", "rounds": 4, "eval_every": 2})
+    folder, _, _ = study.train(tmp_path, settings, watch)
+    swa = run.experiment(**settings | {"algo": "swa", "swa_start": 1})
+    seen = measures.watched(folder)
+    for line in swa.log[1::2]:
+        found = seen[line["round"]]["mean_model"]
+        assert found["test_acc"] == line["test_acc"]
+        assert found["val_loss"] == pytest.approx(line["val_loss"], abs=1e-6)
+    row = {"log": [line | seen.get(line["round"], {}) for line in swa.log]}
+    assert study.mean_model(row) == 100 * swa.log[-1]["test_acc"]
+    assert math.isnan(study.mean_model({"log": swa.log}))
+
+
 def test_a_folder_is_named_by_settings_and_watch_and_not_by_the_machine(tmp_path):
     def name(watch=None, **changes):
         return study.name_of(

@@ -38,6 +38,7 @@ from methods.fedwmsam import FedWMSAM
 from methods.labelcal import LabelCal, calibrated_loss
 from methods.oracle import Oracle
 from methods.sam_variants import GCSAM, FedASAM, FedLESAM_Server, centralise
+from methods.swa import SWA
 from plumbing.settings import settings_of
 from tests.toys import Linear, Quadratics, f64, in_batches, normal
 
@@ -59,7 +60,7 @@ WIRES = {
 def every_method():
     """All method classes of methods/."""
     found = []
-    for file in "drift adam combinations sam_variants alignment fedsynth oracle".split():
+    for file in "drift adam combinations sam_variants alignment fedsynth oracle swa".split():
         found += vars(importlib.import_module(f"methods.{file}")).values()
     found += [LabelCal, FedGloSS, FedWMSAM]
     is_ours = [inspect.isclass(x) and x.__module__.startswith("methods.") for x in found]
@@ -103,7 +104,7 @@ COSTS = {  # gradients a step, vectors [d] up, vectors [d] down
     **{FedSynSAM_S: (3, 2, 2), FedSynSAM_D: (3, 1, 1), FedLESAM_Server: (1, 1, 2)},
     **{FedASAM: (2, 1, 1), GCSAM: (2, 1, 1), GradAlign: (1, 2, 2), FedGA: (1, 2, 2)},
     **{FedGA_Previous: (1, 1, 2), Oracle: (2, 1, 1), LabelCal: (1, 1, 1), FedGloSS: (1, 1, 1)},
-    **{FedWMSAM: (1, 1, 3), FedSynth: (1, None, 1)},
+    **{FedWMSAM: (1, 1, 3), FedSynth: (1, None, 1), SWA: (1, 1, 1)},
 }
 
 
@@ -168,6 +169,7 @@ class Slow:
         self.w_old = [None] * self.N
         self.m1 = self.v = self.momentum = self.s = self.p = self.g = self.back = self.zero
         self.alpha = getattr(f.method, "momentum_alpha", 1.0)
+        self.rounds, self.late = 0, []
 
     def mean(self, x, over):
         return sum(self.P[i] * x[i] for i in over) / sum(self.P[i] for i in over)
@@ -214,6 +216,9 @@ class Slow:
             self.v = c.adam_b2 * self.v + (1 - c.adam_b2) * mean**2
             step = c.adam_lr * self.m1 / (self.v.sqrt() + c.adam_eps)
         self.w, self.back = self.w + step, -step
+        self.rounds += 1
+        self.late = [*self.late, self.w][-max(1, self.rounds - getattr(c, "swa_start", 0)) :]
+        self.mean_w = sum(self.late) / len(self.late)
 
     def disagreement(self, update):
         if not self.momentum.any():
@@ -294,7 +299,7 @@ class Slow:
 KNOBS = {
     **{"rho": 0.05, "prox": 0.3, "variate": 0.8, "momentum_alpha": 0.4, "alpha_rate": 0.3},
     **{"adam_eps": 0.1, "adam_lr": 0.6, "server_lr": 0.7, "lr_decay": 0.8, "weight_decay": 0.01},
-    **{"lr": 0.3, "beta": 0.2},
+    **{"lr": 0.3, "beta": 0.2, "swa_start": 2},
 }
 VARIANTS = {
     "paper": ("uniform", {"clip": 0.0}),
@@ -322,7 +327,8 @@ def test_methods_equal_slow_loops(M, variant):
     slow.h, slow.m = slow.mean(slow.h_i, range(5)), slow.m1
     slow.c = slow.mean(slow.c_i, range(5))
     for name in f.method.state:
-        assert near(f.method.state[name], torch.as_tensor(getattr(slow, name), dtype=f64)), name
+        found, expected = f.method.state[name], getattr(slow, name)
+        assert near(*(torch.as_tensor(x, dtype=f64) for x in (found, expected))), name
 
 
 # ------------------------------------------------------------- what server and clients both sum up
@@ -436,6 +442,28 @@ def test_fedprox_holds_its_clients_the_tighter_the_larger_prox_is():
         for p in (0.0, 1.0, 10.0, 1000.0)
     ]
     assert moves == sorted(moves, reverse=True) and moves[-1] < 0.02 * moves[0]
+
+
+@pytest.mark.parametrize("start, judged", [(0, 4), (3, 1), (4, 0), (9, 0)])
+def test_swa_trains_as_its_parent_and_judges_the_mean_of_the_last_models(start, judged):
+    class Both(SWA, FedSAM):
+        pass
+
+    f, plain, models = started(Both, swa_start=start), started(FedSAM), []
+    for _ in range(4):
+        f.round()
+        plain.round()
+        models.append(plain.w)
+        assert torch.equal(f.w, plain.w)
+    expected = torch.stack(models[-judged:]).mean(0) if judged else plain.w
+    assert near(f.judged(), expected) and plain.judged() is plain.w
+
+
+def test_swa_is_nearer_to_the_minimum_about_which_the_global_model_swings():
+    task = quadratics(N=20, d=6, spread=9.0)
+    f = run(SWA, task, 200, m=2, swa_start=50)
+    best = run(FedAvg, task, 200, m=20).w  # all clients in every round: no swings
+    assert (f.judged() - best).norm() < 0.3 * (f.w - best).norm()
 
 
 def test_fedadam_has_no_setting_without_effect():
