@@ -332,7 +332,7 @@ steps = (0, 1, 2, 4, 8, 12, 16, 19)
 def cosines(federation, at_step, estimates):
     """{name: mean cosine to the global gradient} of functions of (w, batch)."""
     found = {name: [] for name in estimates}
-    for w, batch in measures.walk(federation, at_step):
+    for w, batch, *_ in measures.walk(federation, at_step):
         true = sam.unit(sample.gradient(w))
         for name, estimate in estimates.items():
             found[name].append(float(sam.unit(estimate(w, batch)) @ true))

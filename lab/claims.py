@@ -171,7 +171,7 @@ class Alignment(Claim):
         "the synthetic gradient's cosine to the global one is below that of the own gradient or of "
         "the last move, or compression raises the last move's cosine"
     )
-    columns = (*(f"cos_{name}" for name in study.COSINES), "accuracy")
+    columns = (*(f"cos_{name}" for name in study.COSINES if name != "used"), "accuracy")
     panels = ("cos_own", "cos_last_move", "cos_synthetic")
 
     def arms(self, task):
@@ -496,7 +496,7 @@ class Skew(Claim):
         "test accuracy than FedAvg or than the own gradient, and nowhere a higher one"
     )
     columns = (*Claim.columns, "test_loss", "train_accuracy", "mean_model", "cos_own")
-    columns += ("cos_last_move", "cos_synthetic", "seconds")
+    columns += ("cos_used", "seconds")
     splits = {
         "IID": {"partition": "iid"},
         "Dir 0.1": {"alpha": 0.1},

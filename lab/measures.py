@@ -196,7 +196,8 @@ def move_without_compression(federation):
 def walk(federation, steps=None):
     """The clients of the coming round at the points they reach after some of their local steps.
 
-    steps: how many; None: all but the last, and never more. Yields (w [d], the next batch).
+    steps: how many; None: all but the last, and never more. Yields what a method's `direction`
+    gets: (w [d], the next batch, what was received, the memory).
     """
     other = twin(federation)
     method, lr = other.method, other.method.lr * other.method.lr_decay**other.t
@@ -212,20 +213,22 @@ def walk(federation, steps=None):
         w = method.start(received, mine)
         for batch in batches[:n]:
             w, mine = method.step(w, batch, received, mine, lr)
-        yield w, batches[n]
+        yield w, batches[n], received, mine
 
 
 def alignment(federation, sample, moves=None, steps=None, mix=0.5):
     """Cosines to the gradient of L at the points that clients reach, means over the clients.
 
     own: the gradient of the client's next batch; synthetic: that of the synthetic data; mixed: the
-    blend of both. moves: {name: displacement [d]}; minus a displacement is an estimate of an ascent
+    blend of both; used: the direction of this very method, if it is a SAM method. moves: {name: displacement [d]}; minus a displacement is an estimate of an ascent
     direction, too. -> {name: cosine, or None if there is nothing to compare}
     """
     method, cosines = federation.method, {}
-    for w, batch in walk(federation, steps):
+    for w, batch, received, mine in walk(federation, steps):
         true = sample.gradient(w)
         found = {"own": method.gradient(w, batch)}
+        if hasattr(method, "direction"):
+            found["used"] = method.direction(w, batch, received, mine)
         found |= {name: -move for name, move in (moves or {}).items()}
         X, Y = method.state.get("X"), method.state.get("Y")
         if X is not None:
@@ -233,7 +236,7 @@ def alignment(federation, sample, moves=None, steps=None, mix=0.5):
             found["mixed"] = sam.blend(found["own"], found["synthetic"], mix)
         for name, u in found.items():
             cosines.setdefault(name, []).append(float(sam.unit(u) @ sam.unit(true)))
-    names = ("own", "last_move", "last_uncompressed", "synthetic", "mixed")
+    names = ("own", "used", "last_move", "last_uncompressed", "synthetic", "mixed")
     means = {name: sum(c) / len(c) for name, c in cosines.items()}
     return {name: means.get(name) for name in names}
 

@@ -234,13 +234,13 @@ def message_bytes(row, defaults):
     return row.get("up", np.nan) / (settings["participation"] * settings["rounds"])
 
 
-COSINES = ("own", "last_move", "last_uncompressed", "synthetic", "mixed")
+COSINES = ("own", "used", "last_move", "last_uncompressed", "synthetic", "mixed")
 
 
 def cosine(row, name):
     """The mean of a cosine over the rounds measured (after the synthesis, if any), or nan."""
     seen = [line["alignment"] for line in row.get("log", ()) if "alignment" in line]
-    found = [a[name] for a in [a for a in seen if a["synthetic"] is not None] or seen]
+    found = [a.get(name) for a in [a for a in seen if a["synthetic"] is not None] or seen]
     return float(np.mean(found)) if found and None not in found else np.nan
 
 

@@ -178,6 +178,7 @@ MEASURES = {  # name: (what it is called, digits)
     "trace": ("trace", 0),
     "sam": ("SAM sharpness", 3),
     "cos_own": ("cosine: own gradient", 2),
+    "cos_used": ("the direction itself", 2),
     "cos_last_move": ("last move", 2),
     "cos_last_uncompressed": ("last move, uncompressed", 2),
     "cos_synthetic": ("synthetic", 2),

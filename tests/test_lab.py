@@ -322,6 +322,24 @@ def test_alignment_of_synthetic_data_and_of_the_blend():
     assert found["own"] < found["mixed"] < 1
 
 
+def test_alignment_of_the_direction_that_a_method_really_uses():
+    def found(M, **settings):
+        fed = federation(M, rounds=3, **settings)
+
+        return measures.alignment(fed, Toy(fed.task))
+
+    own = found(fl.FedSAM)
+    assert own["used"] == own["own"] and found(fl.FedAvg)["used"] is None
+    small = {"warmup": 2, "window": 1, "ipc": 1, "outer_steps": 1, "inner_steps": 1}
+    mixed = found(fl.FedSynSAM, mix=0.5, **small)
+    assert mixed["used"] == pytest.approx(mixed["mixed"]) != mixed["own"]
+    alone = found(fl.FedSynSAM, mix=1.0, **small)
+    assert alone["used"] == pytest.approx(alone["synthetic"])
+    rows = [{"log": [{"alignment": own}, {"alignment": own}]}, {"log": [{"alignment": mixed}]}]
+    assert study.cosine(rows[0], "used") == pytest.approx(own["own"])
+    assert study.cosine(rows[1], "used") == pytest.approx(mixed["mixed"])
+
+
 @pytest.mark.parametrize("method", (fl.FedAvg, fl.SCAFFOLD, fl.FedLESAM))
 def test_the_move_without_compression_is_that_of_an_uncompressed_round(method):
     plain = federation(method, rounds=2)
