@@ -220,8 +220,9 @@ def alignment(federation, sample, moves=None, steps=None, mix=0.5):
     """Cosines to the gradient of L at the points that clients reach, means over the clients.
 
     own: the gradient of the client's next batch; synthetic: that of the synthetic data; mixed: the
-    blend of both; used: the direction of this very method, if it is a SAM method. moves: {name: displacement [d]}; minus a displacement is an estimate of an ascent
-    direction, too. -> {name: cosine, or None if there is nothing to compare}
+    blend of both; used: the direction of this very method, if it is a SAM method. moves:
+    {name: displacement [d]}; minus a displacement is an estimate of an ascent direction, too.
+    -> {name: cosine, or None if there is nothing to compare}
     """
     method, cosines = federation.method, {}
     for w, batch, received, mine in walk(federation, steps):
