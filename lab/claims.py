@@ -17,6 +17,7 @@ all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes re
     man          penalising activation norms lowers the top eigenvalue and raises accuracy
     oracle       how much is there to gain from the true global direction?
     skew         what each ascent direction gains over FedAvg, as the clients differ more
+    whose        whose gradient, or which batch? Trial directions at one class per client
 
 A claim says which arms are run (`arms`), what is measured besides accuracy, losses, bytes and
 eigenvalue (`measures`, `watch`), and which arm minus which arm should have which sign (`rules`). A
@@ -538,7 +539,7 @@ class Skew(Claim):
         for split in self.hard:
             for name in self.directions:
                 shared = study.fitting(common, self.settings(split, name) | shorter)
-                found[split, name] = shared, tune.grid_of(shared["algo"])
+                found[split, name] = shared, tune.GRID.get(shared["algo"], tune.RADII)
         return found
 
     def tasks(self):
@@ -560,30 +561,71 @@ class Skew(Claim):
     def baseline(self, arm):
         return f"{arm.split(', ')[0]}, fedavg"
 
+    judged = [
+        ("synthetic (FedSynSAM)", "fedavg"),
+        ("synthetic (FedSynSAM)", "own (FedSAM)"),
+        ("true (oracle)", "fedavg"),
+        ("true (oracle)", "own (FedSAM)"),
+    ]
+
     def rules(self, table):
-        found, arms = [], arms_of(table)
-
-        def compare(split, first, second, measure="accuracy", sign=1):
+        def compare(split, first, second, measure, sign):
             about = f"{first.split(' (')[0]} minus {second.split(' (')[0]}"
-            pair = f"{split}, {first}", f"{split}, {second}"
-            if set(pair) <= set(arms):
-                found.append(rule(about, *pair, measure, sign))
+            return rule(about, f"{split}, {first}", f"{split}, {second}", measure, sign)
 
-        synthetic, true, own = "synthetic (FedSynSAM)", "true (oracle)", "own (FedSAM)"
-        for split in self.hard:
-            for first in (synthetic, true):
-                compare(split, first, "fedavg")
-                compare(split, first, own)
+        found = [compare(s, *pair, "accuracy", 1) for s in self.hard for pair in self.judged]
         for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
             for split in self.splits:
-                for name in list(self.directions)[1:]:
-                    compare(split, name, "fedavg", measure, 0)
-        return found
+                others = list(self.directions)[1:]
+                found += [compare(split, name, "fedavg", measure, 0) for name in others]
+        known = arms_of(table)
+        return [r for r in found if {r.first.arm, r.second.arm} <= set(known)]
+
+
+class Whose(Skew):
+    """Skew's task with one class per client, with directions that are trials (lab/directions.py).
+
+    Arms that Skew has are the same runs. Each trial is tuned as those are:
+    `python -m lab.claims whose --tune`.
+    """
+
+    says = (
+        "At one class per client a direction that keeps what a batch has of its own, and exchanges "
+        "the client's bias for the synthetic gradient, gains over FedAvg and over FedSAM; the "
+        "synthetic gradient gains more in the descent than in the ascent"
+    )
+    source = "this project"
+    refuted = (
+        "one of these three differences of test accuracy has the other sign, and none this one"
+    )
+    splits = {"one class": Skew.splits["one class"]}
+    hard, tuned = ("one class",), {}
+    trials = {
+        "another batch": {"algo": "lab/directions.py:AnotherBatch"},
+        "another client": {"algo": "lab/directions.py:AnotherClient"},
+        "debiased": {"algo": "lab/directions.py:Debiased"},
+        "projected": {"algo": "lab/directions.py:Projected", "warmup_method": "fedavg"},
+        "once a round": {"algo": "lab/directions.py:OncePerRound"},
+        "descending": Skew.directions["synthetic (FedSynSAM)"]
+        | {"algo": "lab/directions.py:Descending"},
+    }
+    directions = dict(list(Skew.directions.items())[:6]) | trials
+    judged = [
+        ("debiased", "fedavg"),
+        ("debiased", "own (FedSAM)"),
+        ("descending", "synthetic (FedSynSAM)"),
+    ]
+
+    def searches(self):
+        return {
+            place: what for place, what in super().searches().items() if place[1] in self.trials
+        }
 
 
 CLAIMS = {
     claim.__name__.lower(): claim
-    for claim in (Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle, Skew)
+    for claim in (Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle)
+    + (Skew, Whose)
 }
 
 

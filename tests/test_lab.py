@@ -555,7 +555,7 @@ def test_every_arm_of_every_size_is_legal_and_of_its_own(name, size):
     assert claim.says and claim.refuted and claim.source
     assert claim.seeds == 1 if size == "quick" else claim.seeds in (3, 5)
     for (_, arm), (shared, grid) in claim.searches().items():
-        assert grid == tune.grid_of(shared["algo"]) and run.resolve(**shared)["val"]
+        assert grid == tune.GRID.get(shared["algo"], tune.RADII) and run.resolve(**shared)["val"]
 
 
 def test_skew_takes_the_settings_that_were_tuned_for_it(tmp_path, monkeypatch):

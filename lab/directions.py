@@ -1,0 +1,160 @@
+"""Whose gradient, or which batch? Ascent directions that are no published methods: trials.
+
+    python run.py --algo lab/directions.py:AnotherBatch
+
+All are FedSAM, the gradient at w + rho u / ||u||, with another u:
+
+    AnotherBatch     the client's gradient on the batch of its last step
+    WholeClient      the client's gradient on all of its images
+    AnotherClient    another client's gradient; the clients peek
+    Negative         minus the own gradient
+    Random           random numbers
+    Debiased         g_batch - (mean of the own gradients so far in this round) + g_syn
+    Projected        the own gradient without its part against g_syn
+    OncePerRound     g_syn at w^t, the same in all steps of a round, made at the server
+
+and one that uses g_syn, which is computed anyway, in the descent too:
+
+    Descending       G = (1 - pull) g_i(w + e) + pull g_syn
+
+g_syn is the gradient on FedSynSAM's synthetic images. The trials run in the plain loop and in
+threads; WholeClient and Random do not run under vmap.
+"""
+
+from typing import Annotated
+
+import torch
+
+import sam
+from fl import FedSAM, FedSynSAM, rng
+
+# ----------------------------------------------------------------------- without synthetic images
+
+
+class AnotherBatch(FedSAM):
+    """u is the gradient on the batch of the client's last step. In its very first step u = 0."""
+
+    def first_memory(self, received):
+        batch = self.task.plan(0, rng(self.seed, "the size of a batch"))[0]
+        return super().first_memory(received) | {"batch": torch.full_like(batch, -1)}
+
+    def direction(self, w, batch, received, mine):
+        return self.gradient(w, mine["batch"])
+
+    def point(self, w, batch, received, mine):
+        point, mine = super().point(w, batch, received, mine)
+        return point, mine | {"batch": batch}
+
+
+class WholeClient(FedSAM):
+    """u is the gradient on all images that a client sees in a round; K B >= n_i: all it has."""
+
+    def first_memory(self, received):
+        return super().first_memory(received) | {"images": torch.empty(0, 4, dtype=torch.int64)}
+
+    def train(self, received, mine, batches, lr):
+        images = batches.reshape(-1, 4).unique(dim=0)
+        sent, mine = super().train(received, mine | {"images": images}, batches, lr)
+        return sent, mine | {"images": images[:0]}
+
+    def direction(self, w, batch, received, mine):
+        return self.gradient(w, mine["images"])
+
+
+class AnotherClient(FedSAM):
+    """u is the gradient on a batch of one client, drawn anew in every round, the same for all."""
+
+    def prepare(self, t, w):
+        news = super().prepare(t, w)
+        generator = rng(self.seed, "another client", t)
+        other = int(torch.randint(len(self.task.sizes), (), generator=generator))
+        self.state = self.state | {"foreign": self.task.plan(other, generator)[0]}
+        return news
+
+    def first_state(self):
+        return super().first_state() | {"foreign": None}
+
+    def broadcast(self, w):
+        foreign = self.state["foreign"]
+        return super().broadcast(w) | ({} if foreign is None else {"foreign": foreign})
+
+    def direction(self, w, batch, received, mine):
+        return self.gradient(w, received["foreign"])
+
+
+class Negative(FedSAM):
+    """u is minus the own gradient: a step of descent, and the gradient of what comes after it."""
+
+    def direction(self, w, batch, received, mine):
+        return -super().direction(w, batch, received, mine)
+
+
+class Random(FedSAM):
+    """u is a vector of normal random numbers, another one for every batch."""
+
+    def direction(self, w, batch, received, mine):
+        generator = rng(self.seed, "direction", batch.tolist())
+        return torch.randn(len(w), generator=generator, dtype=w.dtype).to(w.device)
+
+
+# -------------------------------------------------------------------------- with synthetic images
+
+
+class Debiased(FedSynSAM):
+    """The batch's own part of the gradient stays, the client's bias is exchanged for g_syn.
+
+    Before the synthesis u = 0. The mean is over this round's steps, the present one included.
+    """
+
+    def first_memory(self, received):
+        w = received["w"]
+        return super().first_memory(received) | {"sum": torch.zeros_like(w), "n": w.new_zeros(())}
+
+    def point(self, w, batch, received, mine):
+        if "X" not in received:
+            return w, mine
+        g = self.gradient(w, batch)
+        mine = mine | {"sum": mine["sum"] + g, "n": mine["n"] + 1}
+        u = g - mine["sum"] / mine["n"] + self.synthetic_gradient(w, received)
+        return sam.perturb(w, u, self.rho), mine
+
+    def upload(self, w, received, mine, lr_sum):
+        sent, mine = super().upload(w, received, mine, lr_sum)
+        return sent, mine | {"sum": 0 * mine["sum"], "n": 0 * mine["n"]}
+
+
+class Projected(FedSynSAM):
+    """u is the own gradient; where it points against g_syn, that part is taken out."""
+
+    def direction(self, w, batch, received, mine):
+        if "X" not in received:
+            return super().direction(w, batch, received, mine)
+        g, unit = self.gradient(w, batch), sam.unit(self.synthetic_gradient(w, received))
+        return g - (g @ unit).clamp(max=0) * unit
+
+
+class OncePerRound(FedSynSAM):
+    """u is g_syn at w^t. One gradient a step and one more vector down, as FedLESAM_Server."""
+
+    def broadcast(self, w):
+        sent = super().broadcast(w)
+        if self.state["X"] is None:
+            return sent | {"u": torch.zeros_like(w)}
+        return sent | {"u": self.synthetic_gradient(w, self.state)}
+
+    def broadcast_once(self):
+        return {}  # the images stay at the server
+
+    def direction(self, w, batch, received, mine):
+        return received["u"]
+
+
+class Descending(FedSynSAM):
+    """FedSynSAM, and a share of every local step goes along g_syn, too: it corrects drift."""
+
+    pull: Annotated[float, "share of g_syn in the local step", 0, 1] = 0.3
+
+    def correct(self, g, w, received, mine):
+        if "X" in received:
+            g = (1 - self.pull) * g + self.pull * self.synthetic_gradient(w, received)
+        return super().correct(g, w, received, mine)

@@ -1,0 +1,146 @@
+"""The trial directions of lab/directions.py against their formulas, in float64."""
+
+import pytest
+import torch
+
+import fl
+import sam
+from compress import Identity
+from lab import directions as D
+from tests import check_method
+from tests.toys import Linear, f64
+
+SMALL = {"warmup": 2, "window": 2, "outer_steps": 3, "inner_steps": 2, "ipc": 1, "lr": 0.3}
+SYNTHETIC = (D.Debiased, D.Projected, D.OncePerRound, D.Descending)
+
+
+def federation(M, rounds=0, **settings):
+    settings = {k: v for k, v in (SMALL | settings).items() if hasattr(M, k)}
+    f = fl.Federation(M(Linear(), **settings), Identity(f64), participation=3)
+    for _ in range(rounds):
+        f.round()
+    return f
+
+
+def asked(f, i=None, step=1):
+    """What a client's `direction` gets in its step: (w, batch, received, mine, batches)."""
+    i = max(range(len(f.task.sizes)), key=f.task.steps) if i is None else i
+    batches = f.plan("train", i)
+    f.method.prepare(f.t, f.w)
+    received = f.send_down([i])
+    mine, w = f.recall(i, received), f.w
+    for batch in batches[:step]:
+        w, mine = f.method.step(w, batch, received, mine, 0.3)
+    return w, batches[step], received, mine, batches
+
+
+def gradient(f, w, batch):
+    return fl.autograd(lambda v: f.task.loss(v, batch), w)
+
+
+def synthetic(f, w):
+    X, Y = f.method.state["X"], f.method.state["Y"]
+
+    def loss(v):
+        return -(Y.softmax(1) * f.task.apply(v, X).log_softmax(1)).sum(1).mean()
+
+    return fl.autograd(loss, w)
+
+
+def test_directions_of_other_images():
+    f = federation(D.AnotherBatch)
+    w, batch, received, mine, batches = asked(f)
+    assert torch.equal(f.method.direction(w, batch, received, mine), gradient(f, w, batches[0]))
+    assert not f.method.direction(w, batch, received, f.recall(1, received)).any()
+    f = federation(D.AnotherClient)
+    w, batch, received, mine, _ = asked(f)
+    foreign = f.method.direction(w, batch, received, mine)
+    assert torch.equal(foreign, gradient(f, w, received["foreign"]))
+    drawn = set()
+    for _ in range(12):
+        f.round()
+        drawn |= {tuple(f.method.state["foreign"][:, 0].tolist())}
+    assert len(drawn) > 4
+    f = federation(D.Negative)
+    w, batch, received, mine, _ = asked(f)
+    assert torch.equal(f.method.direction(w, batch, received, mine), -gradient(f, w, batch))
+    f = federation(D.Random)
+    w, batch, received, mine, batches = asked(f)
+    u = f.method.direction(w, batch, received, mine)
+    assert torch.equal(u, f.method.direction(w, batch, received, mine))
+    assert not torch.equal(u, f.method.direction(w, batches[0], received, mine))
+
+
+def test_the_direction_of_the_whole_client():
+    class Seen(D.WholeClient):
+        def direction(self, w, batch, received, mine):
+            u = super().direction(w, batch, received, mine)
+            seen.append((w, u, mine["images"]))
+            return u
+
+    seen, f = [], federation(Seen)
+    received, batches = f.send_down([0]), f.plan("train", 0)
+    _, mine = f.method.train(received, f.recall(0, received), batches, 0.3)
+    rows = sorted(set(map(tuple, batches.reshape(-1, 4).tolist())))
+    for w, u, images in seen:
+        assert sorted(map(tuple, images.tolist())) == rows
+        each = [gradient(f, w, torch.tensor([row])) for row in rows if row[0] >= 0]
+        assert torch.allclose(u, torch.stack(each).mean(0), atol=1e-12)
+    assert len(seen) == len(batches) and mine["images"].shape == (0, 4)
+
+
+def test_debiased_keeps_what_a_batch_has_of_its_own():
+    f = federation(D.Debiased, 3)
+    received = f.send_down([0])
+    w, mine, gradients = f.w, f.recall(0, received), []
+    for batch in f.plan("train", 0):
+        gradients.append(gradient(f, w, batch))
+        u = gradients[-1] - torch.stack(gradients).mean(0) + synthetic(f, w)
+        expected = w + f.method.rho * u / u.norm()
+        point, after = f.method.point(w, batch, received, mine)
+        assert torch.allclose(point, expected, atol=1e-12)
+        w, mine = f.method.step(w, batch, received, mine, 0.3)
+        assert torch.equal(after["sum"], mine["sum"])
+    mine = f.method.upload(w, received, mine, 1.0)[1]
+    assert not mine["sum"].any() and not mine["n"].any()
+
+
+def test_projected_has_no_part_against_the_synthetic_gradient():
+    f, sides = federation(D.Projected, 3), set()
+    for i in range(len(f.task.sizes)):
+        w, batch, received, mine, _ = asked(f, i, 0)
+        g, s = gradient(f, w, batch), synthetic(f, w)
+        u = f.method.direction(w, batch, received, mine)
+        against = float(g @ s) < 0
+        sides.add(against)
+        expected = g - (g @ s) / (s @ s) * s if against else g
+        assert torch.allclose(u, expected, atol=1e-12) and float(u @ s) > -1e-12
+    assert sides == {True, False}
+
+
+def test_once_per_round_sends_a_vector_and_no_images():
+    f = federation(D.OncePerRound, 3)
+    received = f.send_down([0])
+    assert set(received) == {"w", "u"} and torch.equal(received["u"], synthetic(f, f.w))
+    assert f.method.direction(f.w + 1, None, received, {}) is received["u"]
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.3, 1.0])
+def test_descending_moves_along_the_synthetic_gradient_too(pull):
+    f = federation(D.Descending, 3, pull=pull, mix=1.0, clip=0.0)
+    w, batch, received, mine, _ = asked(f, step=0)
+    g = gradient(f, sam.perturb(w, synthetic(f, w), f.method.rho), batch)
+    expected = w - 0.3 * ((1 - pull) * g + pull * synthetic(f, w))
+    assert torch.allclose(f.method.step(w, batch, received, mine, 0.3)[0], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("M", SYNTHETIC, ids=lambda M: M.__name__)
+def test_before_the_synthesis_trials_are_their_parent(M):
+    f = federation(M, 2)
+    parent = fl.FedAvg if M in (D.Debiased, D.OncePerRound) else fl.FedSAM
+    assert torch.equal(f.w, federation(parent, 2).w)
+
+
+@pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient, *SYNTHETIC], ids=str)
+def test_trials_keep_the_rules(M):
+    check_method.check_method(M)
