@@ -56,6 +56,7 @@ class Claim:
     says = refuted = source = ""
     columns = ("accuracy", "train_loss", "eigenvalue")
     panels = ("accuracy", "eigenvalue")
+    pictures = {}  # more figures: {what is added to the file's name: a function of figures.py}
 
     def __init__(self, size="cpu", results=HERE / "results"):
         self.size, self.results, self.name = size, results, type(self).__name__.lower()
@@ -498,6 +499,8 @@ class Skew(Claim):
     )
     columns = (*Claim.columns, "test_loss", "train_accuracy", "mean_model", "cos_own")
     columns += ("cos_used", "seconds")
+    panels = ("accuracy", "mean_model", "eigenvalue")
+    pictures = {"_gains": figures.draw_gains}
     splits = {
         "IID": {"partition": "iid"},
         "Dir 0.1": {"alpha": 0.1},
@@ -600,6 +603,7 @@ class Whose(Skew):
     )
     splits = {"one class": Skew.splits["one class"]}
     hard, tuned = ("one class",), {}
+    pictures = {"_against": figures.draw_against}
     trials = {
         "another batch": {"algo": "lab/directions.py:AnotherBatch"},
         "another client": {"algo": "lab/directions.py:AnotherClient"},
@@ -668,6 +672,8 @@ def draw(claim, part):
     for task, table in tables(claim, part).items():
         path = claim.results / figures.file_name(claim.name, task)
         figures.draw_claim(path, claim, table, *judged(claim, table))
+        for suffix, draw_more in claim.pictures.items():
+            draw_more(path.with_stem(path.stem + suffix), claim, table)
 
 
 def stored_claims(results):

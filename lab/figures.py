@@ -121,6 +121,59 @@ def arms_of(c, arms):
     return first if first == second else f"{first} − {second}"
 
 
+# --------------------------------------------------------------------- gains over FedAvg of a claim
+
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#000000", "#808080")
+
+
+def draw_gains(path, claim, table, measures=("accuracy", "mean_model")):
+    """Paired differences to FedAvg over the splits, a line a direction; arms are "SPLIT, NAME"."""
+    with plt.rc_context(STYLE | {"font.size": 10}):
+        page, axes = plt.subplots(1, len(measures), figsize=(12, 4.6), layout="constrained")
+        for axis, measure in zip(axes, measures):
+            names = list(claim.directions)[1:]
+            for k, (name, colour) in enumerate(zip(names, COLOURS)):
+                found = gains(claim, table, name, measure)
+                at = np.arange(len(found)) + 0.08 * (k - len(names) / 2)
+                axis.vlines(at, found.low, found.high, color=colour, lw=1.3)
+                axis.plot(at, found["mean"], "o-", color=colour, ms=4, lw=0.8, label=name)
+            axis.axhline(0, color="black", lw=0.8)
+            axis.set(xticks=range(len(claim.splits)), xticklabels=claim.splits)
+            axis.set(title=MEASURES[measure][0] + ", minus FedAvg's")
+            axis.grid(axis="x", visible=False)
+        page.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        page.savefig(path, bbox_inches="tight")
+        plt.close(page)
+
+
+def gains(claim, table, name, measure):
+    """A direction minus FedAvg on every split: DataFrame with mean, low, high."""
+    pairs = [(f"{split}, {name}", f"{split}, fedavg") for split in claim.splits]
+    both = [[Value(arm, measure) for arm in pair] for pair in pairs]
+    found = [verdicts.interval(verdicts.differences(table, *pair)) for pair in both]
+    return pd.DataFrame(found, columns=["mean", "low", "high"])
+
+
+def draw_against(path, claim, table, against=("cos_used", "eigenvalue")):
+    """Gain over FedAvg against another measure, a point an arm with its 95 % t-interval."""
+    with plt.rc_context(STYLE | {"font.size": 10}):
+        page, axes = plt.subplots(1, len(against), figsize=(12, 5), layout="constrained")
+        for axis, measure in zip(axes, against):
+            for arm in dict.fromkeys(table.arm):
+                x = verdicts.values(table, Value(arm, measure)).mean()
+                pair = Value(arm, "accuracy"), Value(claim.baseline(arm), "accuracy")
+                y, low, high = verdicts.interval(verdicts.differences(table, *pair))
+                axis.vlines(x, low, high, color=GREY, lw=1)
+                axis.plot(x, y, "o", color=BLUE, ms=5)
+                name = arm.split(", ")[-1].split(" (")[0]
+                axis.annotate(name, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+            axis.axhline(0, color="black", lw=0.8)
+            title = "cosine to the true gradient" if measure == "cos_used" else MEASURES[measure][0]
+            axis.set(xlabel=title, ylabel="test accuracy minus FedAvg's, points")
+        page.savefig(path, bbox_inches="tight")
+        plt.close(page)
+
+
 # --------------------------------------------------------------------------- all claims on one page
 
 

@@ -80,7 +80,9 @@ def section(claim, part, prose):
         if (found.sign == 0).any():
             shown = verdicts.comparisons_text(found[found.sign == 0], judged=False)
             lines.append(f"<details><summary>Shown, not judged</summary>\n\n{shown}\n\n</details>")
-        lines.append(f"![{claim.name}]({figures.file_name(claim.name, task)})")
+        file = Path(figures.file_name(claim.name, task))
+        for suffix in ("", *claim.pictures):
+            lines.append(f"![{claim.name}{suffix}]({file.with_stem(file.stem + suffix)})")
         lines += [filled(prose, table)] if prose else []
     return "\n\n".join(lines)
 
