@@ -681,6 +681,27 @@ def test_verdicts_follow_the_rows(name, effect, noise, word):
     assert verdicts.verdict(verdicts.compare(single, rules).outcome) == "Not decided"
 
 
+@pytest.mark.parametrize("kind", [claims.Skew, claims.Whose])
+def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path):
+    claim, rows = kind("cpu", tmp_path), []
+    for k, arm in enumerate(claim.arms("")):
+        for seed in range(claim.seeds_of(arm)):
+            plain = 10 * k * arm.endswith("fedavg")
+            height = plain + seed**2 + list(claim.directions).index(arm.split(", ")[1])
+            row = {"task": "", "arm": arm, "seed": seed, "accuracy": height, "mean_model": 2 * seed}
+            rows.append(row | {"eigenvalue": k, "cos_used": 0.1 * k, "diverged": None})
+    table = pd.DataFrame(rows)
+    path = tmp_path / figures.file_name(claim.name)
+    for suffix, draw in claim.pictures.items():
+        draw(path.with_stem(path.stem + suffix), claim, table)
+        assert path.with_stem(path.stem + suffix).stat().st_size > 10_000
+    for n, name in enumerate(list(claim.directions)[1:], 1):
+        found = figures.gains(claim, table, name, "accuracy")
+        base = table[table.arm.str.endswith("fedavg")].groupby("arm", sort=False).accuracy.min()
+        assert found["mean"].tolist() == pytest.approx((n - base).tolist())
+        assert found.low.tolist() == pytest.approx(found.high.tolist())  # seeds cancel
+
+
 def test_a_claim_from_its_command_to_its_files(tmp_path, capsys):
     words = ["oracle", "--size", "quick", "--threads", "1", "--out", str(tmp_path / "runs")]
     words += ["--results", str(tmp_path)]
