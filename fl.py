@@ -98,7 +98,7 @@ class FedAvg:
     Clipping is not part of the published algorithm; without it, a few clients diverge at large lr.
     """
 
-    lr: Annotated[float, "learning rate of the local steps", 1e-12, None] = 0.2
+    lr: Annotated[float, "learning rate of the local steps", 1e-12, None] = 0.1
     lr_decay: Annotated[float, "lr is multiplied by this after every round", 1e-12, 1] = 1.0
     server_lr: Annotated[float, "step size along the mean update", 1e-12, None] = 1.0
     clip: Annotated[float, "largest norm of G; 0: no clipping", 0, None] = 10.0
@@ -355,8 +355,8 @@ class FedSynSAM(Distilling, FedSAM):
     project's choices.
     """
 
-    mix: Annotated[float, "weight of the synthetic gradient in u", 0, 1] = 0.5
-    warmup_method: Annotated[Literal["fedsam", "fedavg"], "before the synthesis"] = "fedsam"
+    mix: Annotated[float, "weight of the synthetic gradient in u", 0, 1] = 1.0
+    warmup_method: Annotated[Literal["fedsam", "fedavg"], "before the synthesis"] = "fedavg"
 
     def broadcast_once(self):
         X, Y = self.state["X"], self.state["Y"]

@@ -85,14 +85,14 @@ class Run:
     algo: Annotated[str, "method"] = "fedsynsam"
     compress: Annotated[str, "compressor of the updates"] = "qsgd"
     model: Annotated[str, "network"] = "cnn"
-    partition: Annotated[str, "how images are split, if the data do not say it"] = "dirichlet"
+    partition: Annotated[str, "how images are split, if the data do not say it"] = "shards"
     dataset: Annotated[str, "bundled, a name that torchvision knows, or a file .npz"] = "bundled"
     val: Annotated[int, "training images held out for tuning", 0, None] = 1000
     clients: Annotated[int, "number of clients N, if the data do not say it", 1, None] = 100
-    rounds: Annotated[int, "rounds T", 1, 10**7] = 60
+    rounds: Annotated[int, "rounds T", 1, 10**7] = 80
     seed: Annotated[int, "seed of all random choices but the validation images", 0, 10**9] = 0
     eval_every: Annotated[int, "rounds between evaluations", 1, None] = 2
-    last: Annotated[int, "the result is a mean over so many last evaluations", 1, None] = 5
+    last: Annotated[int, "the result is a mean over so many last evaluations", 1, None] = 20
     measure_images: Annotated[int, "training images for loss and eigenvalue", 1, None] = 2000
 
 

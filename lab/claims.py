@@ -8,6 +8,7 @@ data sets with three networks. The command may be stopped and given again, and g
 to share the runs (study.py). It writes results/NAME.json and results/NAME.png and prints the table,
 all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
 
+    default      the table of the README
     sharpness    compression makes the global landscape sharper, more so when clients differ
     alignment    own gradient and last update mis-estimate the global one, synthetic data do not
     accuracy     under compression FedSynSAM generalises better than its rivals
@@ -111,6 +112,41 @@ def rule(about, first, second, measure, sign=1, margin=0.0):
 def arms_of(table):
     """The labels of a table, each once."""
     return list(dict.fromkeys(table.arm))
+
+
+class Default(Claim):
+    """The table of the README: the default job, one class per client, all methods alike."""
+
+    says = (
+        "With one class per client and one radius for all, a client's own gradient misleads the "
+        "ascent, and the synthetic one does not"
+    )
+    source = "this project"
+    refuted = (
+        "FedSAM is not less accurate than FedAvg or FedSynSAM not more than FedSAM, or FedSynSAM "
+        "is more than 2 points less accurate than FedAvg"
+    )
+    columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_up", "mb_down", "seconds")
+    methods = ("fedavg", "fedsam", "fedlesam", "fedsynsam", "dynafed", "fedwmsam")
+
+    def tasks(self):
+        return study.TASKS["quick"] if self.size == "quick" else {"": {}}
+
+    def arms(self, task):
+        return {algo: {"algo": algo} for algo in self.methods}
+
+    def watch(self, task):
+        every, mean_from = (2, 2) if self.size == "quick" else (40, 40)
+        return {"every": every, "names": ["mean_model"], "mean_from": mean_from}
+
+    def rules(self, table):
+        found = [rule("FedSAM minus FedAvg", "fedsam", "fedavg", "accuracy", -1)]
+        found += [rule("FedSynSAM minus FedSAM", "fedsynsam", "fedsam", "accuracy")]
+        found += [rule("FedSynSAM minus FedAvg", "fedsynsam", "fedavg", "accuracy", 1, margin=2.0)]
+        for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
+            others = self.methods[1:]
+            found += [rule("minus FedAvg", algo, "fedavg", measure, 0) for algo in others]
+        return found
 
 
 class Sharpness(Claim):
@@ -504,7 +540,7 @@ class Skew(Claim):
     splits = {
         "IID": {"partition": "iid"},
         "Dir 0.1": {"alpha": 0.1},
-        "two classes": {"partition": "shards"},
+        "two classes": {"partition": "shards", "classes_per_client": 2},
         "one class": {"partition": "shards", "classes_per_client": 1},
     }
     tuned = {"IID": "Dir 0.1", "two classes": "one class"}  # whose settings a split takes over
@@ -628,7 +664,7 @@ class Whose(Skew):
 
 CLAIMS = {
     claim.__name__.lower(): claim
-    for claim in (Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle)
+    for claim in (Default, Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle)
     + (Skew, Whose)
 }
 

@@ -49,7 +49,7 @@ GRID = {  # method: {setting: values}, two settings each
     **dict.fromkeys(("fedprox", "feddyn", "fedspeed", "fedsmoo"), PROXES),
     **dict.fromkeys(("fedlesam-d", "fedsynsam-d"), PROXES),
     **dict.fromkeys(("fedcm", "mofedsam"), MOMENTA),
-    **dict.fromkeys(("fedavg", "labelcal"), {"lr": RATES} | SERVER),
+    **dict.fromkeys(("fedavg", "labelcal", "swa"), {"lr": RATES} | SERVER),
     "dynafed": {"lr": RATES} | FINETUNE,
     "fedsynth": {"lr": RATES, "fs_step": (0.05, 0.1, 0.3)},
     "fedadam": {"lr": RATES, "adam_lr": (0.01, 0.03, 0.1)},

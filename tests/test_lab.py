@@ -409,8 +409,9 @@ def test_a_folder_is_named_by_settings_and_watch_and_not_by_the_machine(tmp_path
 
 
 def test_an_arm_takes_what_its_parts_have_and_its_own_must_be_legal():
-    found = study.fitting({"rho": 0.3, "alpha": 0.5, "rounds": 9}, {"algo": "fedavg"})
-    assert found == {"alpha": 0.5, "rounds": 9, "algo": "fedavg"}
+    own = {"algo": "fedavg", "partition": "dirichlet"}
+    found = study.fitting({"rho": 0.3, "alpha": 0.5, "rounds": 9}, own)
+    assert found == {"alpha": 0.5, "rounds": 9} | own
     assert study.fitting({"rho": 0.3}, {"algo": "fedsam"})["rho"] == 0.3
     with pytest.raises(ValueError, match="rho"):
         run.resolve(**study.fitting({}, {"algo": "fedavg", "rho": 0.1}))
@@ -819,7 +820,7 @@ def test_two_processes_share_a_search(tmp_path, monkeypatch):
     found = tune.tune(searches, "quick", tmp_path, tmp_path / "tuned.json", "a command")
     assert [e["method"] for e in found] == ["fedavg", "fedsam"]
     assert list(dict.fromkeys(order)) == ["fedsam", "fedavg"]
-    assert all(e["rounds"] == 60 and e["seed"] == 100 for e in found)
+    assert all(e["rounds"] == 80 and e["seed"] == 100 for e in found)
 
 
 def test_every_method_has_a_grid():

@@ -211,8 +211,8 @@ def test_run_any_number_is_refused_or_works(name, run_tiny):
 def test_run_a_setting_of_another_part_is_refused_with_who_has_it():
     with pytest.raises(ValueError, match="rho is no setting of this run; .*algo fedsam"):
         run.resolve(algo="fedavg", rho=0.1)
-    with pytest.raises(ValueError, match="classes_per_client .*partition shards"):
-        run.resolve(classes_per_client=3)
+    with pytest.raises(ValueError, match="alpha .*partition dirichlet"):
+        run.resolve(alpha=0.3)
     with pytest.raises(ValueError, match="did you mean rounds"):
         run.resolve(rouns=3)
 
@@ -221,7 +221,7 @@ def test_run_quick_is_the_same_job_and_legal_for_every_method():
     for algo in run.parts("algo"):
         settings = run.resolve(algo=algo)
         small = run.quick(settings)
-        assert run.resolve(**small) == small and small["rounds"] == 6 and small["last"] == 1
+        assert run.resolve(**small) == small and small["rounds"] == 8 and small["last"] == 1
         changed = {name for name in small if small[name] != settings[name]}
         assert changed <= set(
             "rounds warmup outer_steps fs_steps measure_images window last".split()
@@ -307,7 +307,7 @@ def test_run_a_setting_with_the_name_of_another_one_is_refused(tmp_path):
     path, text = tmp_path / "mine.py", "from typing import Annotated\nimport fl\n"
     path.write_text(text + 'class M(fl.FedAvg):\n    alpha: Annotated[float, "mine"] = 0.5\n')
     with pytest.raises(ValueError, match="m and dirichlet both have a setting alpha"):
-        run.resolve(algo=f"{path}:M")
+        run.resolve(algo=f"{path}:M", partition="dirichlet")
     assert run.resolve(algo=f"{path}:M", partition="iid")["alpha"] == 0.5
 
 
@@ -697,8 +697,8 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--model resnet", "resnet18"),
         ("--compress zip", "known: "),
         ("--partition dirichle", "did you mean dirichlet"),
-        ("--alpha 0", "alpha = 0"),
-        ("--alpha nan", "alpha = nan"),
+        ("--partition dirichlet --alpha 0", "alpha = 0"),
+        ("--partition dirichlet --alpha nan", "alpha = nan"),
         ("--rho -0.1", "at least 0"),
         ("--mix 1.5", "0..1"),
         ("--rounds 0", "must be in 1.."),
@@ -710,7 +710,7 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--algo fedavg --rho 0.1", "algo fedsam"),
         ("--participation 101", "1..100"),
         ("--clients 9001 --participation 1", "1..9000"),
-        ("--clients 5000 --participation 1 --partition shards", "without images"),
+        ("--clients 5000 --participation 1 --classes-per-client 2", "without images"),
         ("--partition shards --classes-per-client 11", "classes_per_client = 11"),
         ("--window 99", "window = 99"),
         ("--warmup 9 --rounds 9", "below the number of rounds"),

@@ -328,7 +328,7 @@ def test_balanced_shares_are_doubly_stochastic_and_stay_skewed():
         ("min_size", "dirichlet-class", 20, {}),
         ("cannot cover", "shards", 2, {}),
         ("it must be in 2..10", "shards", 5, {"classes_per_client": 11}),
-        ("without images", "shards", 99, {}),
+        ("without images", "shards", 99, {"classes_per_client": 2}),
     ],
 )
 def test_impossible_splits_are_refused(message, name, N, settings):

@@ -176,7 +176,7 @@ def shards(
     labels,
     N,
     rng,
-    classes_per_client: Annotated[int, "shards: classes of a client", 1, None] = 2,
+    classes_per_client: Annotated[int, "shards: classes of a client", 1, None] = 1,
 ):
     """Deal classes_per_client classes to every client; the holders of a class share it equally.
 
