@@ -62,6 +62,7 @@ from plumbing.folder import (
     write_json,
 )
 from plumbing.settings import (
+    HERE,
     MACHINE,
     PLACES,
     Parser,
@@ -361,9 +362,21 @@ def card(result, folder):
     shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
     if result["matching_loss"] is not None:
         shown["matching loss"] = f"{result['matching_loss']:.3f}   (1: nothing learnt, 0: all)"
+    beside = stored_beside(result)
+    if beside:
+        shown["stored"] = ", ".join(f"{algo} {100 * x:.1f}" for algo, x in beside.items())
     shown |= {"settings": result["settings"], "folder": folder}
     title = f"--- {result['algo']}, seed {result['seed']}, d = {result['d']:,} "
     return "\n".join([title.ljust(80, "-"), *(f"{n:>16}  {text}" for n, text in shown.items())])
+
+
+def stored_beside(result, path=HERE / "results" / "default.json"):
+    """Mean test accuracies of other methods in the same job, if it is that of the README."""
+    rows = json.loads(path.read_text())["cpu"]["rows"] if path.exists() else []
+    if result["settings"] not in [row["settings"] for row in rows]:
+        return {}
+    others = dict.fromkeys(row["algo"] for row in rows if row["algo"] != result["algo"])
+    return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in others}
 
 
 def table(results):

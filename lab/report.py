@@ -133,9 +133,9 @@ def summary(found):
 # ----------------------------------------------------------------------------------- other rows
 
 
-def default_table(results):
-    """The comparison at the default settings (results/default), as a table of runs."""
-    return table_of(json.loads((results / "default" / "results.json").read_text()))
+def mild_table(results):
+    """The comparison at the older defaults (study.MILD), as a table of runs."""
+    return table_of(json.loads((results / "mild.json").read_text()))
 
 
 def table_of(rows):
@@ -153,7 +153,7 @@ def arm_of(row):
 def asides_table(results):
     """The runs outside of the claims, with those that they are compared with."""
     rows = json.loads((results / "asides.json").read_text())
-    tables = [table_of(rows), default_table(results)]
+    tables = [table_of(rows), mild_table(results)]
     size, part = study.stored(results / "accuracy.json")
     tuned = claims.tables(claims.Accuracy(size, results), part)
     both = pd.concat([*tables, *(t.assign(arm="tuned " + t.arm) for t in tuned.values())])
@@ -208,9 +208,9 @@ def written(results):
     parts += [section(*pair, prose.get(name)) for name, pair in found.items()]
     if (results / "tuned.json").exists():
         parts += ["## tuned", prose["tuned"], tune.text(results / "tuned.json")]
-    if (results / "default").exists():
-        table = default_table(results)
-        parts += ["## default", verdicts.arms_text(table, DEFAULT), filled(prose["default"], table)]
+    if (results / "mild.json").exists():
+        table = mild_table(results)
+        parts += ["## mild", verdicts.arms_text(table, MILD), filled(prose["mild"], table)]
     if (results / "asides.json").exists():
         table = asides_table(results)
         mine = table[table.arm.str.contains("--")]
@@ -222,7 +222,7 @@ def written(results):
 
 
 ASIDES = ("accuracy", "val_accuracy", "test_loss", "eigenvalue", "mb_up", "mb_down")
-DEFAULT = ("accuracy", "test_loss", "val_accuracy", "eigenvalue", "mb_up", "mb_down", "seconds")
+MILD = ("accuracy", "test_loss", "val_accuracy", "eigenvalue", "mb_up", "mb_down", "seconds")
 
 
 def draw_all(results):

@@ -311,6 +311,20 @@ def test_run_a_setting_with_the_name_of_another_one_is_refused(tmp_path):
     assert run.resolve(algo=f"{path}:M", partition="iid")["alpha"] == 0.5
 
 
+def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp_path):
+    result = {"algo": "fedsynsam", "settings": "abc", "seed": 0, "d": 9, "averaged": [2, 4]}
+    result |= {key: 0.5 for key, *_ in run.SHOWN.values()} | {"bits": 2.0, "matching_loss": None}
+    rows = [{"algo": a, "settings": a, "test_acc": x} for a, x in (("fedavg", 0.5), ("sam", 0.4))]
+    rows += [{"algo": "fedavg", "settings": "x", "test_acc": 0.6}]
+    rows += [{"algo": "fedsynsam", "settings": "abc", "test_acc": 0.1}]
+    path = tmp_path / "default.json"
+    path.write_text(json.dumps({"cpu": {"rows": rows}}))
+    assert run.stored_beside(result, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
+    assert run.stored_beside(result | {"settings": "other"}, path) == {}
+    assert run.stored_beside(result, tmp_path / "none") == {}
+    assert "stored" not in run.card(result, tmp_path)
+
+
 def test_run_quick_leaves_given_settings_alone():
     settings = run.resolve(rounds=5, warmup=4)
     assert run.quick(settings)["rounds"] == 3
