@@ -272,8 +272,8 @@ class FedSynSAM(Distilling, FedSAM):
     project's choices.
     """
 
-    mix: Annotated[float, "weight of the synthetic gradient in u", 0, 1] = 0.5
-    warmup_method: Annotated[Literal["fedsam", "fedavg"], "before the synthesis"] = "fedsam"
+    mix: Annotated[float, "weight of the synthetic gradient in u", 0, 1] = 1.0
+    warmup_method: Annotated[Literal["fedsam", "fedavg"], "before the synthesis"] = "fedavg"
 
     def broadcast_once(self):
         X, Y = self.state["X"], self.state["Y"]

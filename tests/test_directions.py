@@ -136,7 +136,7 @@ def test_descending_moves_along_the_synthetic_gradient_too(pull):
 
 @pytest.mark.parametrize("M", SYNTHETIC, ids=lambda M: M.__name__)
 def test_before_the_synthesis_trials_are_their_parent(M):
-    f = federation(M, 2)
+    f = federation(M, 2, warmup_method="fedsam")
     parent = fl.FedAvg if M in (D.Debiased, D.OncePerRound) else fl.FedSAM
     assert torch.equal(f.w, federation(parent, 2).w)
 

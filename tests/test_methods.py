@@ -101,7 +101,7 @@ COSTS = {  # gradients a step, vectors [d] up, vectors [d] down
     **{FedProx: (1, 1, 1), FedDyn: (1, 1, 1), FedCM: (1, 1, 2), FedAdam: (1, 1, 1)},
     **{FedAvg_Adam: (1, 1, 1), DynaFed_Adam: (1, 1, 1), MoFedSAM: (2, 1, 2), FedGAMMA: (2, 2, 2)},
     **{FedSpeed: (2, 1, 1), FedLESAM_S: (1, 2, 2), FedLESAM_D: (1, 1, 1), FedSMOO: (2, 2, 2)},
-    **{FedSynSAM_S: (3, 2, 2), FedSynSAM_D: (3, 1, 1), FedLESAM_Server: (1, 1, 2)},
+    **{FedSynSAM_S: (2, 2, 2), FedSynSAM_D: (2, 1, 1), FedLESAM_Server: (1, 1, 2)},
     **{FedASAM: (2, 1, 1), GCSAM: (2, 1, 1), GradAlign: (1, 2, 2), FedGA: (1, 2, 2)},
     **{FedGA_Previous: (1, 1, 2), Oracle: (2, 1, 1), LabelCal: (1, 1, 1), FedGloSS: (1, 1, 1)},
     **{FedWMSAM: (1, 1, 3), FedSynth: (1, None, 1), SWA: (1, 1, 1)},

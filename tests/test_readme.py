@@ -20,8 +20,8 @@ README = (HERE / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 TINY = (
-    "--clients 6 --participation 2 --local-steps 2 --batch 4 --width 2 --hidden 4 --val 20 "
-    "--measure-images 20 --rounds 3"
+    "--partition iid --clients 6 --participation 2 --local-steps 2 --batch 4 --width 2 --hidden 4 "
+    "--val 20 --measure-images 20 --rounds 3"
 ).split()
 
 
@@ -130,12 +130,13 @@ def test_a_method_of_your_own_keeps_the_rules(mine):
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_numbers_of_five_methods_are_those_of_the_stored_rows():
+def test_the_numbers_of_the_main_job_are_those_of_the_stored_rows():
     pytest.importorskip("pandas", reason="lab/requirements.txt")
-    from lab import report, verdicts
+    from lab import claims, verdicts
 
-    columns = ("accuracy", "test_loss", "eigenvalue", "mb_up", "mb_down")
-    assert verdicts.arms_text(report.default_table(HERE / "results"), columns) in README
+    claim, part = claims.stored_claims(HERE / "results")["default"]
+    columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_up", "mb_down")
+    assert verdicts.arms_text(claims.tables(claim, part)[""], columns) in README
 
 
 # -------------------------------------------------------------------------- the table of methods
@@ -164,7 +165,9 @@ def numbers_of(cell, k):
 
 def measured(name):
     """(up, down, gradients): vectors of size d a client in its second round, gradients a step."""
-    settings = dict(algo=name, compress="identity", visit="plain", clients=4, participation=4)
+    settings = dict(
+        algo=name, compress="identity", visit="plain", clients=4, participation=4, partition="iid"
+    )
     settings |= dict(local_steps=2, batch=4, width=2, hidden=4, val=20, measure_images=20, rounds=3)
     known = run.resolve(algo=name)
     small = dict(warmup=1, window=1, outer_steps=2, inner_steps=2, fs_steps=2, oracle_images=20)
