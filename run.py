@@ -358,7 +358,8 @@ SHOWN = {  # on the card and in the table: key of the result, factor, digits
 def card(result, folder):
     """The result of a run as text."""
     shown = {n: f"{f * result[key]:.{digits}f}" for n, (key, f, digits) in SHOWN.items()}
-    shown["test accuracy %"] += f"   (mean of rounds {', '.join(map(str, result['averaged']))})"
+    rounds = result["averaged"]
+    shown["test accuracy %"] += f"   (mean of {len(rounds)} rounds, {rounds[0]} to {rounds[-1]})"
     shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
     if result["matching_loss"] is not None:
         shown["matching loss"] = f"{result['matching_loss']:.3f}   (1: nothing learnt, 0: all)"

@@ -22,7 +22,7 @@ from classroom.handout import EXERCISES, HIDDEN
 
 TASK = {"model": "mlp", "hidden": 16, "partition": "shards", "clients": 50, "rounds": 30}
 TASK |= {"participation": 5, "local_steps": 10, "lr": 0.1, "visit": "plain", "device": "cpu"}
-TASK |= {"measure_images": 200, "eval_every": 3, "last": 3}
+TASK |= {"classes_per_client": 2, "measure_images": 200, "eval_every": 3, "last": 3}
 SYNTHESIS = {"warmup": 6, "outer_steps": 60, "ipc": 1}
 NEEDED = ["qsgd", "perturb", "unroll", "fedsynsam", "man", "lanczos"]
 

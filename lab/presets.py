@@ -96,6 +96,7 @@ DYNAFED |= {"model": "convnet", "compress": "identity", "warmup": 24, "ipc": 15,
 DYNAFED |= {"outer_steps": 3000, "inner_steps": 20, "syn_step": 0.004, "syn_labels": 0.0}
 DYNAFED |= {"rate_images": 0.05, "rate_labels": 0.01, "rate_step": 1e-6, "syn_augment": True}
 DYNAFED |= {"finetune_epochs": 20, "finetune_lr": 1e-4, "finetune_batch": 256, "eval_every": 5}
+DYNAFED |= {"last": 5, "lr": 0.2}
 
 PRESETS = {
     "fedwmsam-fmnist": Preset(

@@ -41,7 +41,7 @@ CODE = ("*.py", "vision/*.py", "methods/*.py", "codes/*.py", "scale/*.py")
 # ---------------------------------------------------------------------------------------- the tasks
 
 # The default job before `skew`: clients differ less, and every method learns well.
-MILD = {"partition": "dirichlet", "rounds": 60, "last": 5, "lr": 0.2, "local_steps": 20}
+MILD = {"partition": "dirichlet", "rounds": 60, "last": 5, "lr": 0.2}
 MILD |= {"mix": 0.5, "warmup_method": "fedsam"}
 QUICK = MILD | {
     "clients": 8,

@@ -58,6 +58,7 @@ TINY = (
     | dict(model="cnn", width=2, hidden=8, device="cpu")
     | dict(warmup=2, window=2, ipc=1, outer_steps=3, inner_steps=2, finetune_epochs=2)
     | dict(oracle_images=20, fs_steps=2, fs_batches=2, fs_images=2)
+    | dict(mix=0.5, warmup_method="fedsam")
 )
 MODES = ("plain", "threads", "vmap")
 # Why a difference is better. Each was found by making the same change in the old code, which then

@@ -463,7 +463,8 @@ def clients(numbers, draws, place, images, rounds=100):
     for seed in range(3):
         settings = run.resolve(
             **dict(algo="scaffold", model="mlp", hidden=16, clients=20, local_steps=5, seed=seed),
-            **dict(on_bad_client="drop", visit="plain", rounds=rounds, alpha=0.5),
+            **dict(on_bad_client="drop", visit="plain", rounds=rounds),
+            **dict(partition="dirichlet", alpha=0.5, lr=0.2, last=5),
         )
         federations = {}
         for kind, found in accuracy.items():
