@@ -374,8 +374,8 @@ def card(result, folder):
 def stored_beside(result, path=HERE / "results" / "default.json"):
     """Mean test accuracies of other methods in the same job, if it is that of the README."""
     rows = json.loads(path.read_text())["cpu"]["rows"] if path.exists() else []
-    if result["settings"] not in [row["settings"] for row in rows]:
-        return {}
+    tasks = {row["settings"]: row["task"] for row in rows}
+    rows = [row for row in rows if row["task"] == tasks.get(result["settings"])]
     others = dict.fromkeys(row["algo"] for row in rows if row["algo"] != result["algo"])
     return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in others}
 

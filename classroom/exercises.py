@@ -267,7 +267,7 @@ class FedSynSAM(Distilling, FedSAM):
 
         u = (1 - mix) g_i / ||g_i||  +  mix g_syn / ||g_syn||
 
-    Three gradients a step; two if mix = 1. Until the synthesis it is FedSAM or FedAvg. Of the paper
+    Two gradients a step; three if mix < 1. Until the synthesis it is FedAvg or FedSAM. Of the paper
     only the abstract was at hand, which leaves the blend and the start open: both are this
     project's choices.
     """

@@ -131,6 +131,7 @@ class Default(Claim):
         "is more than 2 points less accurate than FedAvg"
     )
     columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_up", "mb_down", "seconds")
+    panels = ("accuracy", "mean_model", "eigenvalue")
     methods = ("fedavg", "fedsam", "fedlesam", "fedsynsam", "dynafed", "fedwmsam")
 
     def __init__(self, size="cpu", results=HERE / "results"):

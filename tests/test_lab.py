@@ -607,7 +607,7 @@ OLDER = {heading: name for name, (heading, _) in verdicts.MEASURES.items()}
 OLDER |= {"minus without compression, at equal loss": "excess", "own gradient": "cos_own"}
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", [name for name in STORED if "worlds" in PARTS[name]])
 def test_stored_rows_give_the_stored_table(name):
     """The tables in results/*.json, with standard deviations, are of the version that made them."""
     checked = 0
@@ -632,6 +632,11 @@ def test_stored_rows_give_the_stored_table(name):
 @pytest.mark.parametrize(
     "name, claimed, word",
     [
+        (
+            "default",
+            {("accuracy", -1, 0): 1, ("accuracy", 1, 0): 1, ("accuracy", 1, 2): 1},
+            "Holds in part",
+        ),
         ("sharpness", {("excess", 1, 0): 16}, "No significant difference"),
         ("alignment", {("cos_synthetic", 1, 0): 16, ("cos_last_move", -1, 0): 6}, "Holds in part"),
         ("accuracy", {("accuracy", 1, 0): 6}, "Refuted"),
@@ -674,7 +679,7 @@ def invented(table, rules, effect, noise):
 )
 def test_verdicts_follow_the_rows(name, effect, noise, word):
     claim = STORED[name][0]
-    (table,) = TABLES[name].values()
+    table = TABLES[name][""]
     rules = [r for r in claim.rules(table) if r.sign]
     table = invented(table, rules, effect, noise)
     assert verdicts.verdict(verdicts.compare(table, rules).outcome) == word

@@ -135,7 +135,7 @@ def test_the_numbers_of_the_main_job_are_those_of_the_stored_rows():
     from lab import claims, verdicts
 
     claim, part = claims.stored_claims(HERE / "results")["default"]
-    columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_up", "mb_down")
+    columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_down")
     assert verdicts.arms_text(claims.tables(claim, part)[""], columns) in README
 
 

@@ -317,6 +317,8 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     rows = [{"algo": a, "settings": a, "test_acc": x} for a, x in (("fedavg", 0.5), ("sam", 0.4))]
     rows += [{"algo": "fedavg", "settings": "x", "test_acc": 0.6}]
     rows += [{"algo": "fedsynsam", "settings": "abc", "test_acc": 0.1}]
+    rows = [row | {"task": ""} for row in rows]
+    rows += [{"algo": "fedavg", "settings": "y", "test_acc": 0.9, "task": "another"}]
     path = tmp_path / "default.json"
     path.write_text(json.dumps({"cpu": {"rows": rows}}))
     assert run.stored_beside(result, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
