@@ -75,7 +75,7 @@ def section(claim, part, prose):
         found, word = claims.judged(claim, table)
         lines += [f"### {task}"] if task else []
         lines += [verdicts.arms_text(table, claim.columns)]
-        lines.append(f"**{word}.** {counted(found)}{before(part, task)}")
+        lines.append(f"**{word}.** {counted(found)}")
         lines.append(verdicts.comparisons_text(found[found.sign != 0]))
         if (found.sign == 0).any():
             shown = verdicts.comparisons_text(found[found.sign == 0], judged=False)
@@ -112,20 +112,13 @@ def counted(found):
     return f"Of {len(judged)} comparisons: {several or 'none decided'}."
 
 
-def before(part, task):
-    """The verdict that a stored file of an older version has, by its older rule."""
-    old = part.get("worlds", {}).get(task, {}).get("verdict", "").partition(":")[0]
-    return f" By the older rule: {old.lower()}." if old else ""
-
-
 def summary(found):
     """All claims in one table, each with a link to its section."""
-    lines = ["| | the claim | verdict | by the older rule |", "| --- " * 4 + "|"]
+    lines = ["| | the claim | verdict |", "| --- | --- | --- |"]
     for name, (claim, part) in found.items():
         for task, table in claims.tables(claim, part).items():
             word = claims.judged(claim, table)[1]
-            old = part.get("worlds", {}).get(task, {}).get("verdict", "-").partition(":")[0]
-            cells = (f"[{name}](#{name}) {task}".strip(), part["claim"], f"**{word}**", old)
+            cells = (f"[{name}](#{name}) {task}".strip(), part["claim"], f"**{word}**")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
