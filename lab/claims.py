@@ -133,6 +133,7 @@ class Default(Claim):
     columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_up", "mb_down", "seconds")
     panels = ("accuracy", "mean_model", "eigenvalue")
     methods = ("fedavg", "fedsam", "fedlesam", "fedsynsam", "dynafed", "fedwmsam")
+    trials = ("AnotherBatch", "Debiased", "Projected", "Descending")  # with 10 local steps
 
     def __init__(self, size="cpu", results=HERE / "results"):
         super().__init__(size, results)
@@ -144,7 +145,8 @@ class Default(Claim):
         return {"": {}, "10 local steps": {"local_steps": 10}}
 
     def arms(self, task):
-        return {algo: {"algo": algo} for algo in self.methods}
+        trials = {name: {"algo": f"lab/directions.py:{name}"} for name in self.trials}
+        return {algo: {"algo": algo} for algo in self.methods} | (trials if task else {})
 
     def watch(self, task):
         every, mean_from = (2, 2) if self.size == "quick" else (40, 40)
@@ -154,8 +156,11 @@ class Default(Claim):
         found = [rule("FedSAM minus FedAvg", "fedsam", "fedavg", "accuracy", -1)]
         found += [rule("FedSynSAM minus FedSAM", "fedsynsam", "fedsam", "accuracy")]
         found += [rule("FedSynSAM minus FedAvg", "fedsynsam", "fedavg", "accuracy", 1, margin=2.0)]
+        others = [arm for arm in arms_of(table) if arm != "fedavg"]
+        if "Debiased" in others:
+            pairs = ("Debiased", "fedavg"), ("Debiased", "fedsam"), ("Descending", "fedsynsam")
+            found += [rule(f"{a} minus {b}", a, b, "accuracy") for a, b in pairs]
         for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
-            others = self.methods[1:]
             found += [rule("minus FedAvg", algo, "fedavg", measure, 0) for algo in others]
         return found
 
