@@ -83,7 +83,8 @@ def section(claim, part, prose):
         file = Path(figures.file_name(claim.name, task))
         for suffix in ("", *claim.pictures):
             lines.append(f"![{claim.name}{suffix}]({file.with_stem(file.stem + suffix)})")
-        lines += [filled(prose, table)] if prose else []
+        said = prose.get(f"{claim.name} {task}".strip())
+        lines += [filled(said, table)] if said else []
     return "\n\n".join(lines)
 
 
@@ -198,7 +199,7 @@ def written(results):
         raise ValueError(f"{results} holds no rows; python -m lab.claims NAME writes them")
     parts = [prose["top"], summary(found), prose["how"], signs_text(found), prose["valid"]]
     parts += ["![all arms](overview.png)", "![two landscapes](landscape.png)", prose["landscape"]]
-    parts += [section(*pair, prose.get(name)) for name, pair in found.items()]
+    parts += [section(*pair, prose) for pair in found.values()]
     if (results / "tuned.json").exists():
         parts += ["## tuned", prose["tuned"], tune.text(results / "tuned.json")]
     if (results / "mild.json").exists():
