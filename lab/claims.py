@@ -3,7 +3,8 @@
     python -m lab.claims accuracy --size quick | cpu | gpu
     python -m lab.claims skew --tune               first, for a claim with settings of its own
 
-quick says whether it works; cpu takes about half an hour on two cores; gpu is the full form, three
+quick says whether it works; cpu takes about half an hour on two cores, and skew and whose some
+hours; gpu is the full form, three
 data sets with three networks. The command may be stopped and given again, and given twice at once
 to share the runs (study.py). It writes results/NAME.json and results/NAME.png and prints the table,
 all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
@@ -57,11 +58,12 @@ class Claim:
     says = refuted = source = ""
     columns = ("accuracy", "train_loss", "eigenvalue")
     panels = ("accuracy", "eigenvalue")
+    repeats = 3  # seeds of every arm, but at the size quick
     pictures = {}  # more figures: {what is added to the file's name: a function of figures.py}
 
     def __init__(self, size="cpu", results=HERE / "results"):
         self.size, self.results, self.name = size, results, type(self).__name__.lower()
-        self.seeds = 1 if size == "quick" else 3
+        self.seeds = 1 if size == "quick" else self.repeats
 
     def tasks(self):
         """{task: settings that all arms share}"""
@@ -132,12 +134,9 @@ class Default(Claim):
     )
     columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_up", "mb_down", "seconds")
     panels = ("accuracy", "mean_model", "eigenvalue")
+    repeats = 5
     methods = ("fedavg", "fedsam", "fedlesam", "fedsynsam", "dynafed", "fedwmsam")
     trials = ("AnotherBatch", "Debiased", "Projected", "Descending")  # with 10 local steps
-
-    def __init__(self, size="cpu", results=HERE / "results"):
-        super().__init__(size, results)
-        self.seeds = 1 if size == "quick" else 5
 
     def tasks(self):
         if self.size == "quick":
@@ -562,6 +561,7 @@ class Skew(Claim):
         "one class": {"partition": "shards", "classes_per_client": 1},
     }
     tuned = {"IID": "Dir 0.1", "two classes": "one class"}  # whose settings a split takes over
+    repeats = 5
     hard = ("Dir 0.1", "one class")
     directions = {
         "fedavg": {"algo": "fedavg"},
@@ -574,10 +574,6 @@ class Skew(Claim):
         "momentum (FedWMSAM)": {"algo": "fedwmsam"},
         "no ascent (DynaFed)": {"algo": "dynafed"},
     }
-
-    def __init__(self, size="cpu", results=HERE / "results"):
-        super().__init__(size, results)
-        self.seeds = 1 if size == "quick" else 5
 
     def seeds_of(self, arm):
         return self.seeds if arm.startswith(self.hard) else min(self.seeds, 3)
