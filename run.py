@@ -131,6 +131,7 @@ def resolve(**given):
 def quick(settings, given=()):
     """The same job at a tenth of the size, but for settings that were given."""
     least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
+    least |= {"swa_start": 0}
     small = {"last": 1} | {
         name: max(low, round(settings[name] / 10))
         for name, low in least.items()

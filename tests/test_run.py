@@ -222,9 +222,10 @@ def test_run_quick_is_the_same_job_and_legal_for_every_method():
         settings = run.resolve(algo=algo)
         small = run.quick(settings)
         assert run.resolve(**small) == small and small["rounds"] == 8 and small["last"] == 1
+        assert small.get("swa_start", 0) < small["rounds"]  # else nothing would be averaged
         changed = {name for name in small if small[name] != settings[name]}
         assert changed <= set(
-            "rounds warmup outer_steps fs_steps measure_images window last".split()
+            "rounds warmup outer_steps fs_steps measure_images window last swa_start".split()
         )
 
 
