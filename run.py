@@ -123,8 +123,9 @@ def resolve(**given):
         if name not in settings:
             raise ValueError(f"{name} is no setting of this run; {who_has(name, settings)}")
     T = settings["rounds"]
-    if settings.get("warmup", 0) >= T:
-        raise ValueError(f"warmup = {settings['warmup']} must be below the number of rounds, {T}")
+    for name in ("warmup", "swa_start"):  # else the method would never begin
+        if settings.get(name, 0) >= T:
+            raise ValueError(f"{name} = {settings[name]} must be below the number of rounds, {T}")
     return settings
 
 
@@ -137,8 +138,10 @@ def quick(settings, given=()):
         for name, low in least.items()
         if name in settings
     }
+    rounds = settings["rounds"] if "rounds" in given else small["rounds"]
+    if "swa_start" in settings:
+        small["swa_start"] = min(small["swa_start"], rounds - 1)
     if "warmup" in settings:
-        rounds = settings["rounds"] if "rounds" in given else small["rounds"]
         small["warmup"] = min(small["warmup"], max(1, rounds - 1))
         small["window"] = min(settings["window"], small["warmup"])
         small["resynthesize"] = math.ceil(settings["resynthesize"] / 10)

@@ -37,7 +37,7 @@ from tests.toys import Linear, f64
 
 SMALL = {  # so that a round takes milliseconds; a method uses those that it has
     **{"warmup": 2, "window": 2, "outer_steps": 2, "inner_steps": 2, "ipc": 1},
-    **{"finetune_epochs": 2, "oracle_images": 6},
+    **{"finetune_epochs": 2, "oracle_images": 6, "swa_start": 2},
     **{"fs_steps": 2, "fs_batches": 1, "fs_images": 1},
 }
 ROUNDS = 5

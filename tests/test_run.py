@@ -31,7 +31,7 @@ RUN_TINY = (
     dict(clients=5, participation=2, local_steps=2, batch=4, width=2, hidden=4, rounds=4)
     | dict(val=20, measure_images=20, eval_every=1, checkpoint_every=2, last=2, threads=1)
     | dict(warmup=2, window=1, outer_steps=2, inner_steps=2, ipc=1)
-    | dict(fs_steps=2, fs_batches=1, fs_images=2)
+    | dict(fs_steps=2, fs_batches=1, fs_images=2, swa_start=1)
 )
 
 
@@ -230,9 +230,10 @@ def test_run_quick_is_the_same_job_and_legal_for_every_method():
 
 
 def test_run_quick_leaves_rounds_after_the_synthesis():
-    for rounds, warmup in ((60, 59), (60, 55), (10, 9), (3, 2)):
-        small = run.quick(run.resolve(algo="dynafed", rounds=rounds, warmup=warmup))
-        assert run.resolve(**small) == small
+    for rounds, start in ((60, 59), (60, 55), (10, 9), (3, 2)):
+        for settings in ({"algo": "dynafed", "warmup": start}, {"algo": "swa", "swa_start": start}):
+            small = run.quick(run.resolve(rounds=rounds, **settings))
+            assert run.resolve(**small) == small
 
 
 # Parts.
@@ -731,6 +732,7 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--partition shards --classes-per-client 11", "classes_per_client = 11"),
         ("--window 99", "window = 99"),
         ("--warmup 9 --rounds 9", "below the number of rounds"),
+        ("--algo swa --rounds 20", "swa_start = 30 must be below the number of rounds, 20"),
         ("--compress topk --k 0", "k = 0"),
         ("--compress topk --k 54315", "1..54314"),
         ("--compress topk --k 2.5", "whole"),
