@@ -170,7 +170,8 @@ def measured(name):
     )
     settings |= dict(local_steps=2, batch=4, width=2, hidden=4, val=20, measure_images=20, rounds=3)
     known = run.resolve(algo=name)
-    small = dict(warmup=1, window=1, outer_steps=2, inner_steps=2, fs_steps=2, oracle_images=20, swa_start=1)
+    small = dict(warmup=1, window=1, outer_steps=2, inner_steps=2, fs_steps=2, oracle_images=20)
+    small |= dict(swa_start=1)
     settings |= {n: value for n, value in small.items() if n in known}
     federation, _ = run.compose(run.resolve(**settings))
     for _ in range(2):
