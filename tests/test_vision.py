@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
-from vision import data, models, plots, split, task
+from vision import data, make_subset, models, plots, split, task
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,36 @@ def pack(path, n=40, shape=(8, 8), **changed):
     } | changed
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return arrays
+
+
+def test_a_subset_holds_so_many_images_of_every_class_and_only_those_of_the_data_set(tmp_path):
+    source, out = tmp_path / "all.npz", tmp_path / "some.npz"
+    raw = pack(source, classes=np.array(list("abcd")))
+    words = [str(source), str(out), "--train", "3", "--test", "2"]
+    assert make_subset.main(words) == 0
+    small = data.read(str(out))
+    assert np.bincount(small.y_train).tolist() == [3] * 4 and list(small.classes) == list("abcd")
+    assert np.bincount(small.y_test).tolist() == [2] * 4
+    known = {x.tobytes(): y for x, y in zip(raw["x_train"], raw["y_train"])}
+    drawn = [x.tobytes() for x in small.x_train]
+    assert len(set(drawn)) == 12 and [known[x] for x in drawn] == small.y_train.tolist()
+    assert make_subset.main(words) == 2  # never over a file that is there
+
+
+def test_a_subset_of_more_images_than_there_are_is_refused(tmp_path, capsys):
+    pack(tmp_path / "all.npz")
+    words = [str(tmp_path / "all.npz"), str(tmp_path / "some.npz")]
+    assert make_subset.main([*words, "--train", "11", "--test", "2"]) == 2
+    assert "class 0 has 10 images, fewer than 11" in capsys.readouterr().err
+    assert make_subset.main([*words, "--train", "0"]) == 2
+    assert make_subset.main([words[0], str(tmp_path / "some.txt"), "--train", "3"]) == 2
+
+
+@pytest.mark.skipif(not data.DEBIAN_FASHION.exists(), reason="needs dataset-fashion-mnist")
+def test_the_bundled_file_is_what_make_subset_draws(tmp_path):
+    assert make_subset.main(["fashionmnist", str(tmp_path / "again.npz")]) == 0
+    with np.load(tmp_path / "again.npz") as again, np.load(data.BUNDLED) as bundled:
+        assert all(np.array_equal(again[name], bundled[name]) for name in bundled.files)
 
 
 def test_bundled_images_are_balanced_and_the_three_sets_disjoint(bundled):
@@ -772,7 +802,7 @@ def test_synthetic_images_are_denormalised_and_their_labels_read():
 def test_starting_a_run_imports_neither_matplotlib_nor_torchvision():
     code = """if True:
         import sys
-        from vision import data, models, plots, split, task
+        from vision import data, make_subset, models, plots, split, task
         data.load("bundled")
         assert not {"matplotlib", "torchvision"} & set(sys.modules)
     """
