@@ -3,10 +3,10 @@
     python -m lab.claims accuracy --size quick | cpu | gpu
     python -m lab.claims skew --tune               first, for a claim with settings of its own
 
-quick says whether it works; cpu takes about half an hour on two cores, and skew and whose some
-hours; gpu is the full form, three
-data sets with three networks. The command may be stopped and given again, and given twice at once
-to share the runs (study.py). It writes results/NAME.json and results/NAME.png and prints the table,
+quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
+some hours; gpu is the full form. Runs go seed by seed, and --seeds 1 makes only the first seed of
+each arm. The command may be stopped and given again, and given twice at once to share the runs
+(study.py). It writes results/NAME.json and results/NAME.png and prints the table,
 all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
 
     default      the table of the README
@@ -20,12 +20,14 @@ all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes re
     oracle       how much is there to gain from the true global direction?
     skew         what each ascent direction gains over FedAvg, as the clients differ more
     whose        whose gradient, or which batch? Trial directions at one class per client
+    overfit      the same directions where training overfits, on photographs
 
 A claim says which arms are run (`arms`), what is measured besides accuracy, losses, bytes and
 eigenvalue (`measures`, `watch`), and which arm minus which arm should have which sign (`rules`). A
 verdict holds for these images, networks and rounds, and no more than that.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -61,9 +63,14 @@ class Claim:
     repeats = 3  # seeds of every arm, but at the size quick
     pictures = {}  # more figures: {what is added to the file's name: a function of figures.py}
 
-    def __init__(self, size="cpu", results=HERE / "results"):
+    def __init__(self, size="cpu", results=HERE / "results", seeds=None):
         self.size, self.results, self.name = size, results, type(self).__name__.lower()
-        self.seeds = 1 if size == "quick" else self.repeats
+        self.command = f"python -m lab.claims {self.name} --size {size}"
+        self.command += f" --seeds {seeds}" if seeds else ""
+        self.seeds = seeds or (1 if size == "quick" else self.repeats)
+
+    def check(self):
+        """Raise ValueError if something is missing that the runs need."""
 
     def tasks(self):
         """{task: settings that all arms share}"""
@@ -613,6 +620,7 @@ class Skew(Claim):
     def baseline(self, arm):
         return f"{arm.split(', ')[0]}, fedavg"
 
+    judged_by = ("accuracy", 1)
     judged = [
         ("synthetic (FedSynSAM)", "fedavg"),
         ("synthetic (FedSynSAM)", "own (FedSAM)"),
@@ -625,7 +633,7 @@ class Skew(Claim):
             about = f"{first.split(' (')[0]} minus {second.split(' (')[0]}"
             return rule(about, f"{split}, {first}", f"{split}, {second}", measure, sign)
 
-        found = [compare(s, *pair, "accuracy", 1) for s in self.hard for pair in self.judged]
+        found = [compare(s, *pair, *self.judged_by) for s in self.hard for pair in self.judged]
         for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
             for split in self.splits:
                 others = list(self.directions)[1:]
@@ -675,10 +683,68 @@ class Whose(Skew):
         }
 
 
+class Overfit(Skew):
+    """Skew's directions where the network overfits: 10,000 photographs, 160 rounds.
+
+    One learning rate and one radius for all, so a gain may be one of the radius; the rounds are
+    those of a first look with one seed, where training accuracy was 20 points above test accuracy.
+    Test loss is judged: in accuracy the first look showed two points or less.
+    """
+
+    says = (
+        "Where training overfits, the ascent must follow the gradient of the very batch of the "
+        "step: it lowers the test loss, more than the true global direction, the synthetic one or "
+        "another batch of the same client do"
+    )
+    source = "this project, after m-sharpness in Foret et al. 2021"
+    refuted = "one of these four differences of test loss has the other sign, and none this one"
+    columns = ("accuracy", "train_accuracy", "val_accuracy", "test_loss", "eigenvalue")
+    columns += ("mean_model", "cos_own", "cos_used", "seconds")
+    panels = ("test_loss", "accuracy", "eigenvalue")
+    pictures = {"_gains": functools.partial(figures.draw_gains, measures=("accuracy", "test_loss"))}
+    splits = {name: Skew.splits[name] for name in ("Dir 0.1", "two classes")}
+    hard, tuned, repeats = tuple(splits), {}, 3
+    directions = Skew.directions | {
+        "another batch": Whose.trials["another batch"],
+        "debiased": Whose.trials["debiased"],
+    }
+    judged_by = ("test_loss", -1)
+    judged = [
+        ("own (FedSAM)", other)
+        for other in ("fedavg", "true (oracle)", "synthetic (FedSynSAM)", "another batch")
+    ]
+    images = "data/downloads/cifar10_11k.npz"
+
+    def check(self):
+        if self.size == "cpu" and not Path(self.images).exists():
+            make = f"python -m vision.make_subset cifar10 {self.images} --train 1100"
+            raise ValueError(f"there is no {self.images}; make it with {make}")
+
+    def settings(self, split, name):
+        own = super().settings(split, name)
+        if self.size == "quick":
+            return own
+        own |= {"model": "cnn", "width": 16, "hidden": 128, "lr": 0.1, "local_steps": 20}
+        sizes = {"cpu": (self.images, 160), "gpu": ("cifar10", 400)}
+        dataset, rounds = sizes[self.size]
+        return own | {"dataset": dataset, "rounds": rounds, "last": 8}
+
+    def searches(self):
+        return {}
+
+    def watch(self, task):
+        every = 2 if self.size == "quick" else 80
+        return super().watch(task) | {"every": every, "mean_from": every}
+
+    def arms(self, task):
+        pairs = [(split, name) for split in self.splits for name in self.directions]
+        return {f"{split}, {name}": self.settings(split, name) for split, name in pairs}
+
+
 CLAIMS = {
     claim.__name__.lower(): claim
     for claim in (Default, Sharpness, Alignment, Accuracy, Hyper, FedSynth, GradAlign, Man, Oracle)
-    + (Skew, Whose)
+    + (Skew, Whose, Overfit)
 }
 
 
@@ -705,11 +771,11 @@ def told(claim, part):
     return "\n\n".join(text)
 
 
-def keep(claim, rows, command):
+def keep(claim, rows):
     """Write results/NAME.json -> the part of this size."""
     machines = {json.dumps(row.get("machine")): row.get("machine") for row in rows}
     part = {"claim": claim.says, "source": claim.source, "refuted_by": claim.refuted}
-    part |= {"command": command, "machines": [m for m in machines.values() if m]}
+    part |= {"command": claim.command, "machines": [m for m in machines.values() if m]}
     part["defaults"] = run.resolve()
     part["rows"] = [{k: v for k, v in row.items() if k != "machine"} for row in rows]
     study.store(claim.results / f"{claim.name}.json", claim.size, part)
@@ -755,15 +821,18 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("runs/lab"), help="where runs are kept")
     p.add_argument("--results", type=Path, default=HERE / "results")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    p.add_argument("--seeds", type=int, default=0, help="seeds of each arm; 0: those of the claim")
     p.add_argument("--tune", action="store_true", default=False, help="its settings, not its runs")
     try:
         given = p.parse_args(argv)
-        claim = CLAIMS[given.name](given.size, given.results)
+        if given.seeds < 0:
+            raise ValueError(f"seeds = {given.seeds} must not be negative")
+        claim = CLAIMS[given.name](given.size, given.results, given.seeds)
+        claim.check()
         if given.tune:
             return tuned(claim, given.out, given.threads)
         rows = study.conduct(claim, given.out, threads=given.threads)
-        command = f"python -m lab.claims {claim.name} --size {claim.size}"
-        part = keep(claim, rows, command)
+        part = keep(claim, rows)
         draw(claim, part)
     except (ValueError, OSError) as error:
         print(f"lab.claims: {error}", file=sys.stderr)

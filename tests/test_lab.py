@@ -708,6 +708,17 @@ def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path
         assert found.low.tolist() == pytest.approx(found.high.tolist())  # seeds cancel
 
 
+def test_a_claim_of_fewer_seeds_and_one_without_its_images(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(study, "row_of", lambda claim, root, task, arm, s: seen.append(s["seed"]))
+    study.conduct(claims.Skew("cpu", tmp_path, seeds=1), tmp_path)
+    assert set(seen) == {0} and len(seen) == 36
+    monkeypatch.chdir(tmp_path)
+    assert claims.main(["overfit"]) == 2
+    assert "vision.make_subset cifar10 data/downloads/cifar10_11k.npz" in capsys.readouterr().err
+    assert claims.main(["oracle", "--seeds", "-1"]) == 2
+
+
 def test_a_claim_from_its_command_to_its_files(tmp_path, capsys):
     words = ["oracle", "--size", "quick", "--threads", "1", "--out", str(tmp_path / "runs")]
     words += ["--results", str(tmp_path)]

@@ -1,7 +1,7 @@
 """Make a class-balanced subset of a data set, for experiments that end on a laptop.
 
     python -m vision.make_subset fashionmnist data/fashion_10k.npz
-    python -m vision.make_subset cifar10 data/cifar10_11k.npz --train 1100
+    python -m vision.make_subset cifar10 data/downloads/cifar10_11k.npz --train 1100
 
 The first one is the bundled file. NAME is all that `run.py --dataset` knows; --train and --test say
 how many images of every class are drawn (1000 and 200). They are shuffled and written in the layout
