@@ -4,9 +4,9 @@
     python -m lab.claims skew --tune               first, for a claim with settings of its own
 
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
-some hours; gpu is the full form. Runs go seed by seed, and --seeds 1 makes only the first seed of
-each arm. The command may be stopped and given again, and given twice at once to share the runs
-(study.py). It writes results/NAME.json and results/NAME.png and prints the table,
+some hours; gpu is the full form. --seeds 1 and --only "Dir 0.1" make a part of a long claim, and
+that part is what is stored. The command may be stopped and given again, and given twice at once to
+share the runs (study.py). It writes results/NAME.json and results/NAME.png and prints the table,
 all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
 
     default      the table of the README
@@ -55,7 +55,8 @@ class Claim:
     """A claim at one size; a subclass says what it claims, and how that is tested.
 
     says, refuted: the claim, and what would refute it. source: whose claim. columns of its table,
-    panels of its figure: names in verdicts.MEASURES. results: the folder of tuned.json.
+    panels of its figure: names in verdicts.MEASURES. results: the folder of tuned.json. seeds and
+    only: fewer seeds, and only the arms whose labels begin so.
     """
 
     says = refuted = source = ""
@@ -64,10 +65,12 @@ class Claim:
     repeats = 3  # seeds of every arm, but at the size quick
     pictures = {}  # more figures: {what is added to the file's name: a function of figures.py}
 
-    def __init__(self, size="cpu", results=HERE / "results", seeds=None):
+    def __init__(self, size="cpu", results=HERE / "results", seeds=0, only=""):
         self.size, self.results, self.name = size, results, type(self).__name__.lower()
         self.command = f"python -m lab.claims {self.name} --size {size}"
         self.command += f" --seeds {seeds}" if seeds else ""
+        self.command += f' --only "{only}"' if only else ""
+        self.only = only
         self.seeds = seeds or (1 if size == "quick" else self.repeats)
 
     def check(self):
@@ -855,6 +858,14 @@ def tuned(claim, root, threads):
     return 0
 
 
+def conducted(claim, root, threads):
+    """Do the runs of a claim, store the rows, draw, print what came out: exit code 0."""
+    part = keep(claim, study.conduct(claim, root, threads=threads))
+    draw(claim, part)
+    print(told(claim, part))
+    return 0
+
+
 def main(argv=None):
     """The command: exit code 0, 2, or 130 if interrupted."""
     p = run.Parser(prog="python -m lab.claims", description=__doc__.split("\n")[0])
@@ -864,26 +875,22 @@ def main(argv=None):
     p.add_argument("--results", type=Path, default=HERE / "results")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     p.add_argument("--seeds", type=int, default=0, help="seeds of each arm; 0: those of the claim")
+    p.add_argument("--only", default="", help="only the arms whose labels begin so")
     p.add_argument("--tune", action="store_true", default=False, help="its settings, not its runs")
     try:
         given = p.parse_args(argv)
         if given.seeds < 0:
             raise ValueError(f"seeds = {given.seeds} must not be negative")
-        claim = CLAIMS[given.name](given.size, given.results, given.seeds)
+        claim = CLAIMS[given.name](given.size, given.results, given.seeds, given.only)
         claim.check()
-        if given.tune:
-            return tuned(claim, given.out, given.threads)
-        rows = study.conduct(claim, given.out, threads=given.threads)
-        part = keep(claim, rows)
-        draw(claim, part)
+        task = tuned if given.tune else conducted
+        return task(claim, given.out, given.threads)
     except (ValueError, OSError) as error:
         print(f"lab.claims: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lab.claims: interrupted; the same command continues", file=sys.stderr)
         return 130
-    print(told(claim, part))
-    return 0
 
 
 if __name__ == "__main__":

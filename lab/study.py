@@ -183,10 +183,12 @@ def conduct(claim, root, **machine):
     for seed in range(claim.seeds):
         for task, common in claim.tasks().items():
             for arm, own in claim.arms(task).items():
-                if seed >= claim.seeds_of(arm):
+                if seed >= claim.seeds_of(arm) or not arm.startswith(claim.only):
                     continue
                 settings = fitting(common, own) | machine | {"seed": seed}
                 jobs.append(functools.partial(row_of, claim, root, task, arm, settings))
+    if not jobs:
+        raise ValueError(f"no arm of {claim.name} has a label that begins with {claim.only!r}")
     return shared(jobs)
 
 

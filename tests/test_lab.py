@@ -713,9 +713,13 @@ def test_a_claim_of_fewer_seeds_and_one_without_its_images(tmp_path, monkeypatch
     monkeypatch.setattr(study, "row_of", lambda claim, root, task, arm, s: seen.append(s["seed"]))
     study.conduct(claims.Skew("cpu", tmp_path, seeds=1), tmp_path)
     assert set(seen) == {0} and len(seen) == 36
+    part = claims.Skew("cpu", tmp_path, only="Dir 0.1")
+    assert len(study.conduct(part, tmp_path)) == 45 and part.command.endswith('--only "Dir 0.1"')
     monkeypatch.chdir(tmp_path)
     assert claims.main(["overfit"]) == 2
     assert "vision.make_subset cifar10 data/downloads/cifar10_11k.npz" in capsys.readouterr().err
+    assert claims.main(["oracle", "--only", "no such arm"]) == 2
+    assert "begins with 'no such arm'" in capsys.readouterr().err
     assert claims.main(["oracle", "--seeds", "-1"]) == 2
 
 
