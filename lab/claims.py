@@ -89,7 +89,7 @@ class Claim:
         return self.seeds
 
     def searches(self):
-        """What --tune finds: {(name in tuned.json, arm): (settings of all runs, grid)}."""
+        """What --tune finds: {(name in tuned.json, arm): (settings, grid, number of seeds)}."""
         return {}
 
     def measures(self, seed):
@@ -643,7 +643,8 @@ class Skew(Claim):
         for split in self.hard:
             for name in self.directions:
                 shared = study.fitting(common, self.settings(split, name))
-                found[split, name] = shared, tune.GRID.get(shared["algo"], tune.RADII)
+                seeds = 3 if split == "one class" and self.size != "quick" else 1
+                found[split, name] = shared, tune.GRID.get(shared["algo"], tune.RADII), seeds
         return found
 
     def tasks(self):
@@ -848,11 +849,14 @@ def stored_claims(results):
 
 def tuned(claim, root, threads):
     """Do the searches of a claim, print the winners, exit code 0; 2 if it has none."""
-    searches, command = claim.searches(), f"python -m lab.claims {claim.name} --tune"
+    searches = {
+        place: what
+        for place, what in claim.searches().items()
+        if ", ".join(place).startswith(claim.only)
+    }
     if not searches:
-        raise ValueError(f"{claim.name} tunes nothing of its own; see python -m lab.tune")
-    command += f" --size {claim.size}"
-    path = claim.results / "tuned.json"
+        raise ValueError(f"{claim.name} tunes nothing of its own here; see python -m lab.tune")
+    path, command = claim.results / "tuned.json", claim.command + " --tune"
     for e in tune.tune(searches, claim.size, root, path, command, threads=threads):
         print(f"{e['world']}, {e['method']}: {tune.words(e['settings'])}")
     return 0

@@ -164,7 +164,10 @@ def locked(path):
 
 
 def shared(jobs, wait=2.0):
-    """Call all jobs, those that another process is busy with later: their results, in order."""
+    """Call all jobs, those that another process is busy with later: their results, in order.
+
+    wait: seconds between two looks at those, None: raise Busy when no other job is left.
+    """
     results, left = {}, dict(enumerate(jobs))
     while left:
         before = len(left)
@@ -172,6 +175,8 @@ def shared(jobs, wait=2.0):
             with contextlib.suppress(Busy):
                 results[n] = job()
                 del left[n]
+        if len(left) == before and wait is None:
+            raise Busy("another process is at work")
         if len(left) == before:
             time.sleep(wait)
     return [results[n] for n in sorted(results)]

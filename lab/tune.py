@@ -5,8 +5,8 @@
 
 A method that was tuned beats one that was not, whatever they are. So every method gets the same
 search over two settings, its learning rate and the ONE setting that matters most for it (`GRID`),
-in runs of the same rounds and the same seed (100, which no report uses), judged by the accuracy on
-the validation images:
+in runs of the same rounds and the same seeds (from 100 on, which no report uses), judged by the
+mean accuracy on the validation images:
 
     all values of the first setting, the other one in the middle of its grid      the best stays
     all values of the second setting                                              the best stays
@@ -17,7 +17,9 @@ that is only good together. A setting that diverges has lost.
 
 Winners are kept in results/tuned.json with all that was tried and the command that made them. One
 validation image is 0.1 points and one seed is noisy: this finds good settings, not the best ones.
-The grids are this project's choice.
+With one class per client one seed finds nothing: FedAvg with seed 100 had 51, 40, 56 and 42 % at
+learning rates 0.1, 0.2, 0.4 and 0.8. There a search takes the mean of three seeds. The grids are
+this project's choice.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ import run
 from lab import study
 from plumbing.settings import HERE, closest
 
-SEED = 100
+SEED = 100  # the first one
 LONGEST = 9  # values of a grid that has grown
 RATES = (0.05, 0.1, 0.2, 0.4)
 RADII = {"lr": RATES, "rho": (0.01, 0.03, 0.1, 0.3)}
@@ -111,18 +113,23 @@ def one_more(values, best):
     return None
 
 
-def accuracy_of(root, settings):
-    """The validation accuracy of a run, trained if it is not there; None if it diverged.
+def accuracy_of(root, settings, seeds=1):
+    """The validation accuracy, mean over runs that are trained if need be; None if one diverged.
 
-    Raises study.Busy while another process is at this run.
+    Raises study.Busy while another process is at one of the runs and all others are done.
     """
+
+    def job(seed):
+        return study.train(root, settings | {"seed": seed})[1]["val_acc"]
+
     try:
-        return study.train(root, settings)[1]["val_acc"]
+        found = study.shared([functools.partial(job, SEED + k) for k in range(seeds)], wait=None)
     except FloatingPointError:
         return None
+    return sum(found) / seeds
 
 
-def winner_of(root, shared, grid, about):
+def winner_of(root, shared, grid, about, seeds=1):
     """Search the grid with these settings for all runs: an entry of tuned.json.
 
     about: {"size", "world" (the task), "method" (or the arm of a claim), "command"}
@@ -133,14 +140,13 @@ def winner_of(root, shared, grid, about):
             return bool(run.resolve(**shared | {name: value}))
         return False
 
-    shared = shared | {"seed": SEED}
-    chosen, tried = search(grid, lambda s: accuracy_of(root, shared | s), legal)
+    chosen, tried = search(grid, lambda s: accuracy_of(root, shared | s, seeds), legal)
     rounds = run.resolve(**shared)["rounds"]
     told = {
         "settings": chosen,
         "val_acc": score_among(tried, chosen),
         "rounds": rounds,
-        "seed": SEED,
+        "seeds": list(range(SEED, SEED + seeds)),
     }
     return about | told | {"tried": [[rounds, *pair] for pair in tried]}
 
@@ -150,14 +156,15 @@ def score_among(tried, chosen):
 
 
 def tune(searches, size, root, path, command, **machine):
-    """Do all searches {(task, arm): (settings of all runs, grid)}; winners go to the file at path.
+    """Do all searches {(task, arm): (settings of all runs, grid, number of seeds)}.
 
+    Winners go to the file at path.
     Several processes share the work. -> the entries, in order
     """
 
-    def job(place, shared, grid):
+    def job(place, shared, grid, seeds):
         about = {"size": size, "world": place[0], "method": place[1], "command": command}
-        entry = winner_of(root, shared | machine, grid, about)
+        entry = winner_of(root, shared | machine, grid, about, seeds)
         with study.locked(root / "tuned.json"):
             enter(path, entry)
         return entry
@@ -224,7 +231,7 @@ def main(argv=None):
         command = f"python -m lab.tune {given.algo} --size {size}"
         own = {"algo": given.algo}
         searches = {
-            (t, given.algo): (study.fitting(x, own), grid) for t, x in study.TASKS[size].items()
+            (t, given.algo): (study.fitting(x, own), grid, 1) for t, x in study.TASKS[size].items()
         }
         places = given.out, given.results / "tuned.json"
         found = tune(searches, size, *places, command, threads=given.threads)

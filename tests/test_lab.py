@@ -555,7 +555,7 @@ def test_every_arm_of_every_size_is_legal_and_of_its_own(name, size):
     assert {*claim.columns, *claim.panels} <= set(verdicts.MEASURES)
     assert claim.says and claim.refuted and claim.source
     assert claim.seeds == 1 if size == "quick" else claim.seeds in (3, 5)
-    for (_, arm), (shared, grid) in claim.searches().items():
+    for (_, arm), (shared, grid, _) in claim.searches().items():
         assert grid == tune.GRID.get(shared["algo"], tune.RADII) and run.resolve(**shared)["val"]
 
 
@@ -827,7 +827,7 @@ def test_two_processes_share_a_search(tmp_path, monkeypatch):
     """While another process is at a run of the first search, the second search goes on."""
     order, busy = [], [True]
 
-    def score(root, s):
+    def score(root, s, seeds):
         if s["algo"] == "fedavg" and busy and busy.pop():
             raise study.Busy
         order.append(s["algo"])
@@ -835,12 +835,15 @@ def test_two_processes_share_a_search(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tune, "accuracy_of", score)
     monkeypatch.setattr(study.time, "sleep", lambda s: None)
+    with pytest.raises(study.Busy):
+        study.shared([lambda: score("", {"algo": "fedavg"}, 1)], wait=None)
+    busy.append(True)
     grid = {"lr": (0.1, 0.2, 0.3)}
-    searches = {("", algo): ({"algo": algo}, grid) for algo in ("fedavg", "fedsam")}
+    searches = {("", algo): ({"algo": algo}, grid, 2) for algo in ("fedavg", "fedsam")}
     found = tune.tune(searches, "quick", tmp_path, tmp_path / "tuned.json", "a command")
     assert [e["method"] for e in found] == ["fedavg", "fedsam"]
     assert list(dict.fromkeys(order)) == ["fedsam", "fedavg"]
-    assert all(e["rounds"] == 80 and e["seed"] == 100 for e in found)
+    assert all(e["rounds"] == 80 and e["seeds"] == [100, 101] for e in found)
 
 
 def test_every_method_has_a_grid():
@@ -848,15 +851,17 @@ def test_every_method_has_a_grid():
     assert set(run.parts("algo")) - only_parents <= set(tune.GRID)
 
 
-def test_a_score_of_tuning_is_the_validation_accuracy_of_a_run(tmp_path):
-    settings = study.fitting(TINY, {"algo": "fedavg", "seed": 100})
-    score = tune.accuracy_of(tmp_path, settings)
-    assert score == run.experiment(**settings).result["val_acc"]
+def test_a_score_of_tuning_is_the_mean_validation_accuracy_of_its_runs(tmp_path):
+    settings = study.fitting(TINY, {"algo": "fedavg"})
+    score = tune.accuracy_of(tmp_path, settings, 2)
+    both = [run.experiment(**settings | {"seed": s}).result["val_acc"] for s in (100, 101)]
+    assert score == pytest.approx(np.mean(both)) and both[0] != both[1]
+    assert tune.accuracy_of(tmp_path, settings) == both[0]
     assert tune.accuracy_of(tmp_path, settings | {"lr": 1e30, "clip": 0.0}) is None
 
 
 def test_winners_are_kept_and_used_by_the_claim(tmp_path, capsys, monkeypatch):
-    def score(root, s):
+    def score(root, s, seeds):
         return 1 - abs(s["lr"] - 0.2) - abs(s["server_lr"] - 1)
 
     monkeypatch.setattr(tune, "accuracy_of", score)
