@@ -163,6 +163,35 @@ def numbers_of(cell, k):
     return numbers[k] if len(numbers) > 1 else numbers[0]
 
 
+DIFFERENCES = [  # in the README's order: claim, task, arms, measure
+    ("default", "", "fedsynsam - fedsam", "accuracy"),
+    ("default", "", "fedsynsam - fedavg", "accuracy"),
+    ("default", "", "dynafed - fedavg", "accuracy"),
+    ("default", "10 local steps", "Descending - fedsynsam", "accuracy"),
+    ("accuracy", "", "fedsynsam - fedavg", "eigenvalue"),
+    ("accuracy", "", "fedsynsam - fedavg", "test_loss"),
+    ("accuracy", "", "fedgamma - fedsynsam", "accuracy"),
+    ("oracle", "", "oracle - fedavg", "accuracy"),
+]
+
+
+def test_differences_in_the_text_are_those_of_the_stored_rows():
+    pytest.importorskip("pandas", reason="lab/requirements.txt")
+    from lab import claims, report, verdicts
+
+    number = r"([-+]?[\d.]+)"
+    found = re.findall(rf"{number} \[{number}, {number}\]", README)
+    assert len(found) == len(DIFFERENCES)
+    stored = claims.stored_claims(HERE / "results")
+    for said, (name, task, arms, measure) in zip(found, DIFFERENCES):
+        table = claims.tables(*stored[name])[task]
+        pair = [verdicts.Value(report.arm_called(a, table), measure) for a in arms.split(" - ")]
+        true = verdicts.interval(verdicts.differences(table, *pair))
+        for text, x in zip(said, true):
+            digits = len(text.partition(".")[2])
+            assert float(text) == pytest.approx(x, abs=0.51 * 10**-digits), (name, arms)
+
+
 def measured(name):
     """(up, down, gradients): vectors of size d a client in its second round, gradients a step."""
     settings = dict(
