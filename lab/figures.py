@@ -154,22 +154,27 @@ def gains(claim, table, name, measure):
     return pd.DataFrame(found, columns=["mean", "low", "high"])
 
 
-def draw_against(path, claim, table, against=("cos_used", "eigenvalue")):
+def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eigenvalue")):
     """Gain over FedAvg against another measure, a point an arm with its 95 % t-interval."""
     with plt.rc_context(STYLE | {"font.size": 10}):
         page, axes = plt.subplots(1, len(against), figsize=(12, 5), layout="constrained")
+        splits = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm))
         for axis, measure in zip(axes, against):
             for arm in dict.fromkeys(table.arm):
+                split, name = arm.split(", ")
+                colour = COLOURS[splits.index(split)]
                 x = verdicts.values(table, Value(arm, measure)).mean()
-                pair = Value(arm, "accuracy"), Value(claim.baseline(arm), "accuracy")
+                pair = Value(arm, gain), Value(claim.baseline(arm), gain)
                 y, low, high = verdicts.interval(verdicts.differences(table, *pair))
-                axis.vlines(x, low, high, color=GREY, lw=1)
-                axis.plot(x, y, "o", color=BLUE, ms=5)
-                name = arm.split(", ")[-1].split(" (")[0]
-                axis.annotate(name, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+                axis.vlines(x, low, high, color=colour, lw=1)
+                axis.plot(x, y, "o", color=colour, ms=5)
+                words = name.split(" (")[0]
+                axis.annotate(words, (x, y), (5, 3), textcoords="offset points", fontsize=8)
             axis.axhline(0, color="black", lw=0.8)
             title = "cosine to the true gradient" if measure == "cos_used" else MEASURES[measure][0]
-            axis.set(xlabel=title, ylabel="test accuracy minus FedAvg's, points")
+            axis.set(xlabel=title, ylabel=f"{MEASURES[gain][0]}, minus FedAvg's")
+        handles = [plt.Line2D([], [], color=c, marker="o", ls="") for c in COLOURS[: len(splits)]]
+        page.legend(handles, splits, loc="outside upper center", ncols=len(splits), frameon=False)
         page.savefig(path, bbox_inches="tight")
         plt.close(page)
 

@@ -220,7 +220,7 @@ def alignment(federation, sample, moves=None, steps=None, mix=0.5):
     """Cosines to the gradient of L at the points that clients reach, means over the clients.
 
     own: the gradient of the client's next batch; synthetic: that of the synthetic data; mixed: the
-    blend of both; used: the direction of this very method, if it is a SAM method. moves:
+    blend of both; used: where this very method perturbs the model, if it does. moves:
     {name: displacement [d]}; minus a displacement is an estimate of an ascent direction, too.
     -> {name: cosine, or None if there is nothing to compare}
     """
@@ -228,8 +228,9 @@ def alignment(federation, sample, moves=None, steps=None, mix=0.5):
     for w, batch, received, mine in walk(federation, steps):
         true = sample.gradient(w)
         found = {"own": method.gradient(w, batch)}
-        if hasattr(method, "direction"):
-            found["used"] = method.direction(w, batch, received, mine)
+        e = method.point(w, batch, received, mine)[0] - w
+        if e.any():
+            found["used"] = e
         found |= {name: -move for name, move in (moves or {}).items()}
         X, Y = method.state.get("X"), method.state.get("Y")
         if X is not None:

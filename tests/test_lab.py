@@ -22,7 +22,7 @@ import compress
 import fl
 import run
 import sam
-from lab import claims, figures, measures, presets, report, study, tune, verdicts
+from lab import claims, directions, figures, measures, presets, report, study, tune, verdicts
 from lab.verdicts import Rule, Value
 from plumbing.settings import HERE
 from tests.toys import Linear, Quadratics, f64, normal
@@ -335,6 +335,8 @@ def test_alignment_of_the_direction_that_a_method_really_uses():
     assert mixed["used"] == pytest.approx(mixed["mixed"]) != mixed["own"]
     alone = found(fl.FedSynSAM, mix=1.0, **small)
     assert alone["used"] == pytest.approx(alone["synthetic"])
+    debiased = found(directions.Debiased, **small)  # overrides the point, not the direction
+    assert debiased["used"] not in (pytest.approx(debiased["synthetic"]), None)
     rows = [{"log": [{"alignment": own}, {"alignment": own}]}, {"log": [{"alignment": mixed}]}]
     assert study.cosine(rows[0], "used") == pytest.approx(own["own"])
     assert study.cosine(rows[1], "used") == pytest.approx(mixed["mixed"])
