@@ -4,10 +4,11 @@
     python -m lab.claims skew --tune               first, for a claim with settings of its own
 
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
-some hours; gpu is the full form. --seeds 1 and --only "Dir 0.1" make a part of a long claim, and
-that part is what is stored. The command may be stopped and given again, and given twice at once to
-share the runs (study.py). It writes results/NAME.json and results/NAME.png and prints the table,
-all comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
+some hours; gpu is the full form. --seeds 1 makes fewer seeds, and for skew, whose and overfit
+--only "Dir 0.1|IID" makes only the arms whose labels begin so. The command may be stopped and given
+again, and given twice at once to share the runs (study.py). It writes results/NAME.json and
+NAME.png and prints the table, all comparisons, and the verdict (verdicts.py); `python -m
+lab.report` writes results/README.md.
 
     default      the table of the README
     sharpness    compression makes the global landscape sharper, more so when clients differ
@@ -30,6 +31,7 @@ verdict holds for these images, networks and rounds, and no more than that.
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -56,13 +58,15 @@ class Claim:
 
     says, refuted: the claim, and what would refute it. source: whose claim. columns of its table,
     panels of its figure: names in verdicts.MEASURES. results: the folder of tuned.json. seeds and
-    only: fewer seeds, and only the arms whose labels begin so.
+    only: fewer seeds, and only arms whose labels match this regular expression from the start.
     """
 
     says = refuted = source = ""
     columns = ("accuracy", "train_loss", "eigenvalue")
     panels = ("accuracy", "eigenvalue")
     repeats = 3  # seeds of every arm, but at the size quick
+    first_seed = 0
+    divisible = False  # whether some of its arms can be judged alone
     pictures = {}  # more figures: {what is added to the file's name: a function of figures.py}
 
     def __init__(self, size="cpu", results=HERE / "results", seeds=0, only=""):
@@ -74,7 +78,21 @@ class Claim:
         self.seeds = seeds or (1 if size == "quick" else self.repeats)
 
     def check(self):
-        """Raise ValueError if something is missing that the runs need."""
+        """Before the runs: ValueError if something is missing, or stored rows would be lost."""
+        if self.only and not self.divisible:
+            raise ValueError(
+                f"{self.name} is judged as a whole; --only is for skew, whose, overfit"
+            )
+        path = self.results / f"{self.name}.json"
+        part = json.loads(path.read_text()).get(self.size) if path.exists() else None
+        rows = map(study.plain, part["rows"] if part else ())
+        stored = {(row["arm"], row["seed"]) for row in rows}
+        coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
+        if not stored <= coming:
+            raise ValueError(
+                f"{path} holds {len(stored - coming)} rows that these runs would not replace, such "
+                f"as {min(stored - coming)}; keep them with --results and another folder"
+            )
 
     def tasks(self):
         """{task: settings that all arms share}"""
@@ -140,8 +158,8 @@ class Default(Claim):
     )
     source = "this project"
     refuted = (
-        "FedSAM is not less accurate than FedAvg or FedSynSAM not more than FedSAM, or FedSynSAM "
-        "is more than 2 points less accurate than FedAvg"
+        "FedSAM is more accurate than FedAvg, FedSynSAM less accurate than FedSAM, or more than 2 "
+        "points less accurate than FedAvg"
     )
     columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "mb_up", "mb_down", "seconds")
     panels = ("accuracy", "mean_model", "eigenvalue")
@@ -167,9 +185,9 @@ class Default(Claim):
         found += [rule("FedSynSAM minus FedSAM", "fedsynsam", "fedsam", "accuracy")]
         found += [rule("FedSynSAM minus FedAvg", "fedsynsam", "fedavg", "accuracy", 1, margin=2.0)]
         others = [arm for arm in arms_of(table) if arm != "fedavg"]
-        if "Debiased" in others:
-            pairs = ("Debiased", "fedavg"), ("Debiased", "fedsam"), ("Descending", "fedsynsam")
-            found += [rule(f"{a} minus {b}", a, b, "accuracy") for a, b in pairs]
+        if "Debiased" in others:  # came after the others were judged
+            pairs = ("Debiased", "fedsam"), ("Descending", "fedsynsam")
+            found += [rule(f"{a} minus {b}", a, b, "accuracy", 0) for a, b in pairs]
         for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
             found += [rule("minus FedAvg", algo, "fedavg", measure, 0) for algo in others]
         return found
@@ -222,8 +240,8 @@ class Compressed(Sharpness):
     """Sharpness again with one class per client, with 1 bit a parameter, and with error feedback.
 
     The learning rate is the default job's. The training loss swings from round to round, so "equal
-    training loss" is read where it first falls to that level. It began with three seeds, and got
-    two more since three decided nothing.
+    training loss" is read where it first falls to that level, every ten rounds. It began with three
+    seeds, and got two more since three decided nothing.
     """
 
     says = "With one class per client, compression makes the global landscape sharper"
@@ -324,7 +342,7 @@ class Accuracy(Claim):
         "FedSMOO and FedGAMMA"
     )
     source = "FedSynSAM, arXiv 2602.11584"
-    refuted = "one of them has a higher test accuracy and none a lower one"
+    refuted = "one of them has a higher test accuracy"
     columns = (*Claim.columns, "at_equal_bytes", "test_loss", "val_accuracy", "mb_up", "mb_down")
     methods = ("fedavg", "fedsam", "fedlesam", "dynafed", "fedsmoo", "fedgamma", "fedsynsam")
 
@@ -596,13 +614,13 @@ class Skew(Claim):
     """
 
     says = (
-        "The more the clients differ, the more it matters whose gradient the ascent follows: the "
-        "synthetic direction gains over FedAvg and over the client's own, and so does the true one"
+        "Where clients differ, it matters whose gradient the ascent follows: the synthetic one "
+        "gains over FedAvg and over the client's own, and so does the true one"
     )
     source = "the premise of FedSynSAM, arXiv 2602.11584, in the words of this project"
     refuted = (
         "at Dir 0.1 or at one class per client the synthetic or the true direction has a lower "
-        "test accuracy than FedAvg or than the own gradient, and nowhere a higher one"
+        "test accuracy than FedAvg or than the own gradient"
     )
     columns = (*Claim.columns, "test_loss", "train_accuracy", "mean_model", "cos_own")
     columns += ("cos_used", "seconds")
@@ -616,6 +634,7 @@ class Skew(Claim):
     }
     tuned = {"IID": "Dir 0.1", "two classes": "one class"}  # whose settings a split takes over
     repeats = 5
+    divisible = True
     hard = ("Dir 0.1", "one class")
     directions = {
         "fedavg": {"algo": "fedavg"},
@@ -631,6 +650,16 @@ class Skew(Claim):
 
     def seeds_of(self, arm):
         return self.seeds if arm.startswith(self.hard) else min(self.seeds, 3)
+
+    def check(self):
+        super().check()
+        if self.size == "gpu":
+            raise ValueError(f"{self.name} has the sizes quick and cpu")
+        for _, arm, _ in study.jobs(self):
+            split, name = arm.split(", ")
+            place = self.size, self.tuned.get(split, split), name
+            if self.size == "cpu" and not tune.winner(self.results / "tuned.json", *place):
+                raise ValueError(f"{arm} is not tuned; python -m lab.claims {self.name} --tune")
 
     def settings(self, split, name):
         """All settings of an arm but the tuned ones."""
@@ -703,9 +732,7 @@ class Whose(Skew):
         "synthetic gradient gains more in the descent than in the ascent"
     )
     source = "this project"
-    refuted = (
-        "one of these three differences of test accuracy has the other sign, and none this one"
-    )
+    refuted = "one of these three differences of test accuracy has the other sign"
     splits = {"one class": Skew.splits["one class"]}
     hard, tuned = ("one class",), {}
     pictures = {"_against": figures.draw_against}
@@ -732,11 +759,12 @@ class Whose(Skew):
 
 
 class Overfit(Skew):
-    """Skew's directions where the network overfits: 10,000 photographs, 160 rounds.
+    """Skew's directions where the network overfits: 10,000 photographs, 120 rounds.
 
-    One learning rate and one radius for all, so a gain may be one of the radius; the rounds are
-    those of a first look with one seed, where training accuracy was 20 points above test accuracy.
-    Test loss is judged: in accuracy the first look showed two points or less.
+    One learning rate and one radius for all, so a gain may be one of the radius. A first look with
+    seeds 0 and 1 gave the claim: training accuracy was 20 points above test accuracy, and methods
+    differed in test loss, in accuracy by two points or less. So test loss is judged, with other
+    seeds.
     """
 
     says = (
@@ -745,13 +773,13 @@ class Overfit(Skew):
         "another batch of the same client do"
     )
     source = "this project, after m-sharpness in Foret et al. 2021"
-    refuted = "one of these four differences of test loss has the other sign, and none this one"
+    refuted = "one of these differences of test loss has the other sign"
     columns = ("accuracy", "train_accuracy", "val_accuracy", "test_loss", "eigenvalue")
     columns += ("mean_model", "cos_own", "cos_used", "seconds")
     panels = ("test_loss", "accuracy", "eigenvalue")
     pictures = {"_against": functools.partial(figures.draw_against, gain="test_loss")}
     splits = {name: Skew.splits[name] for name in ("Dir 0.1", "two classes")}
-    hard, tuned, repeats = tuple(splits), {}, 3
+    hard, tuned, repeats, first_seed = tuple(splits), {}, 3, 2
     directions = Skew.directions | {
         "another batch": Whose.trials["another batch"],
         "debiased": Whose.trials["debiased"],
@@ -764,6 +792,7 @@ class Overfit(Skew):
     images = "data/downloads/cifar10_11k.npz"
 
     def check(self):
+        Claim.check(self)
         if self.size == "cpu" and not Path(self.images).exists():
             make = f"python -m vision.make_subset cifar10 {self.images} --train 1100"
             raise ValueError(f"there is no {self.images}; make it with {make}")
@@ -773,7 +802,7 @@ class Overfit(Skew):
         if self.size == "quick":
             return own
         own |= {"model": "cnn", "width": 16, "hidden": 128, "lr": 0.1, "local_steps": 20}
-        sizes = {"cpu": (self.images, 160), "gpu": ("cifar10", 400)}
+        sizes = {"cpu": (self.images, 120), "gpu": ("cifar10", 400)}
         dataset, rounds = sizes[self.size]
         return own | {"dataset": dataset, "rounds": rounds, "last": 8}
 
@@ -781,7 +810,7 @@ class Overfit(Skew):
         return {}
 
     def watch(self, task):
-        every = 2 if self.size == "quick" else 80
+        every = {"quick": 2, "cpu": 60, "gpu": 200}[self.size]
         return super().watch(task) | {"every": every, "mean_from": every}
 
     def arms(self, task):
@@ -854,7 +883,7 @@ def tuned(claim, root, threads):
     searches = {
         place: what
         for place, what in claim.searches().items()
-        if ", ".join(place).startswith(claim.only)
+        if re.match(claim.only, ", ".join(place))
     }
     if not searches:
         raise ValueError(f"{claim.name} tunes nothing of its own here; see python -m lab.tune")
@@ -866,8 +895,10 @@ def tuned(claim, root, threads):
 
 def conducted(claim, root, threads):
     """Do the runs of a claim, store the rows, draw, print what came out: exit code 0."""
+    claim.check()
     part = keep(claim, study.conduct(claim, root, threads=threads))
-    draw(claim, part)
+    if study.stored(claim.results / f"{claim.name}.json")[0] == claim.size:
+        draw(claim, part)  # the figure is that of the largest size
     print(told(claim, part))
     return 0
 
@@ -881,14 +912,13 @@ def main(argv=None):
     p.add_argument("--results", type=Path, default=HERE / "results")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     p.add_argument("--seeds", type=int, default=0, help="seeds of each arm; 0: those of the claim")
-    p.add_argument("--only", default="", help="only the arms whose labels begin so")
+    p.add_argument("--only", default="", help="only arms whose labels match from the start")
     p.add_argument("--tune", action="store_true", default=False, help="its settings, not its runs")
     try:
         given = p.parse_args(argv)
         if given.seeds < 0:
             raise ValueError(f"seeds = {given.seeds} must not be negative")
         claim = CLAIMS[given.name](given.size, given.results, given.seeds, given.only)
-        claim.check()
         task = tuned if given.tune else conducted
         return task(claim, given.out, given.threads)
     except (ValueError, OSError) as error:

@@ -15,8 +15,10 @@ its Hessian H is taken over all d parameters.
     sam             S_rho = max_{||e|| <= rho} L(w + e) - L(w): what SAM makes small; at a minimum
                     it is rho^2 / 2 times the largest eigenvalue + O(rho^3)      (`sam_sharpness`)
     slice, plane    L(w + a d) and L(w + a d + b e) for random directions d, e    (`line`, `plane`)
-    alignment       cosines of a client's estimates of the gradient of L to that gradient
+    along           cosines of a client's estimates of the gradient of L to that gradient, along
+                    its steps of a round                                             (`alignment`)
     disagreement    half the variance of the clients' gradients (GradAlign's r)
+    step            milliseconds of a local step
 
 Largest eigenvalue, or largest |eigenvalue|? PyHessian's power iteration finds the latter, with its
 sign. The two differ where the smallest eigenvalue has the larger magnitude, as it may at random

@@ -67,10 +67,9 @@ def arm_called(name, table):
 
 def section(claim, part, prose):
     """A claim in Markdown: what it says, its tables, comparisons, figure, and the notes."""
-    command = f"python -m lab.claims {claim.name} --size {claim.size}"
     lines = [f"## {claim.name}", f"{part['claim']} ({part['source']})."]
-    lines.append(f"Refuted if {part['refuted_by']}.")
-    lines.append(f"`{command}`" + made_by(part, command))
+    lines.append(f"Refuted if, significantly, {part['refuted_by']}, and nothing is as claimed.")
+    lines.append(made_by(claim, part))
     for task, table in claims.tables(claim, part).items():
         found, word = claims.judged(claim, table)
         lines += [f"### {task}"] if task else []
@@ -88,12 +87,15 @@ def section(claim, part, prose):
     return "\n\n".join(lines)
 
 
-def made_by(part, command):
-    """By which version, on which machine, and by which command if that was called otherwise."""
-    machine = part["machines"][0] if part["machines"] else {}
+def made_by(claim, part):
+    """By which command, version and machine; older rows had another command."""
+    machine, command = part["machines"][0] if part["machines"] else {}, part["command"]
     where = f"torch {machine.get('torch')}, {machine.get('cores')} cores of {processor(machine)}"
-    old = "" if part["command"] == command else f" then called `{part['command']}`,"
-    return f", made by source {machine.get('source')},{old} {where}."
+    if "lab.claims" not in command:
+        command, old = claim.command, f" then called `{command}`,"
+    else:
+        old = ""
+    return f"`{command}`, made by source {machine.get('source')},{old} {where}."
 
 
 def processor(machine):

@@ -22,6 +22,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -53,7 +54,7 @@ QUICK = MILD | {
 }
 QUICK |= {"model": "mlp", "hidden": 8, "warmup": 2, "window": 2, "outer_steps": 3, "ipc": 1}
 QUICK |= {"inner_steps": 2, "fs_steps": 3, "measure_images": 40, "oracle_images": 20}
-QUICK |= {"eval_every": 1, "last": 1}
+QUICK |= {"eval_every": 1, "last": 1, "swa_start": 2}
 GPU = MILD | {"rounds": 300, "local_epochs": 1, "batch": 50, "lr": 0.1, "warmup": 25, "ipc": 15}
 GPU |= {"outer_steps": 3000, "inner_steps": 20, "eval_every": 5}
 TASKS = {  # size: {task: settings that all arms share, where their parts have them}
@@ -182,19 +183,27 @@ def shared(jobs, wait=2.0):
     return [results[n] for n in sorted(results)]
 
 
-def conduct(claim, root, **machine):
-    """Do what is not done yet of a claim: the rows of all its runs, seed by seed."""
-    jobs = []
-    for seed in range(claim.seeds):
+def jobs(claim):
+    """All runs of a claim, seed by seed: a list of (task, arm, settings)."""
+    found = []
+    for k in range(claim.seeds):
         for task, common in claim.tasks().items():
             for arm, own in claim.arms(task).items():
-                if seed >= claim.seeds_of(arm) or not arm.startswith(claim.only):
-                    continue
-                settings = fitting(common, own) | machine | {"seed": seed}
-                jobs.append(functools.partial(row_of, claim, root, task, arm, settings))
-    if not jobs:
-        raise ValueError(f"no arm of {claim.name} has a label that begins with {claim.only!r}")
-    return shared(jobs)
+                if k < claim.seeds_of(arm) and re.match(claim.only, arm):
+                    seed = claim.first_seed + k
+                    found.append((task, arm, fitting(common, own) | {"seed": seed}))
+    return found
+
+
+def conduct(claim, root, **machine):
+    """Do what is not done yet of a claim: the rows of all its runs."""
+    planned = jobs(claim)
+    if not planned:
+        raise ValueError(f"no arm of {claim.name} has a label that matches {claim.only!r}")
+    return shared(
+        functools.partial(row_of, claim, root, task, arm, settings | machine)
+        for task, arm, settings in planned
+    )
 
 
 def row_of(claim, root, task, arm, settings):

@@ -8,9 +8,10 @@ have in common. With n seeds, mean m and standard deviation s of the x_s (`inter
 
 If the interval contains 0, the difference is not significant: a true difference of 0 would give
 such numbers in more than 5 % of experiments. The p-value says in how many. A claim with k
-comparisons has k chances of a false alarm, so its p-values are corrected (`holm`): the smallest is
-multiplied by k, the next one by k - 1, and so on. A comparison counts if its corrected p-value is
-at most 0.05; its interval is printed as it is, without correction.
+comparisons has k chances of a false alarm, so its p-values are corrected (`holm`), those of each
+table by themselves: the smallest is multiplied by k, the next one by k - 1, and so on. A comparison
+counts if its corrected p-value is at most 0.05; its interval is printed as it is, without
+correction.
 
 A claim is a list of rules, written before its runs: which arm minus which arm, and the sign it
 should have (`Rule`). Their words are made into one (`verdict`):

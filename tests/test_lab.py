@@ -710,19 +710,45 @@ def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path
         assert found.low.tolist() == pytest.approx(found.high.tolist())  # seeds cancel
 
 
-def test_a_claim_of_fewer_seeds_and_one_without_its_images(tmp_path, monkeypatch, capsys):
+def test_a_part_of_a_claim(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(study, "row_of", lambda claim, root, task, arm, s: seen.append(s["seed"]))
     study.conduct(claims.Skew("cpu", tmp_path, seeds=1), tmp_path)
     assert set(seen) == {0} and len(seen) == 36
+    seen.clear()
+    study.conduct(claims.Overfit("cpu", tmp_path, only="two.*own"), tmp_path)
+    assert seen == [2, 3, 4]
     part = claims.Skew("cpu", tmp_path, only="Dir 0.1")
     assert len(study.conduct(part, tmp_path)) == 45 and part.command.endswith('--only "Dir 0.1"')
-    monkeypatch.chdir(tmp_path)
-    assert claims.main(["overfit"]) == 2
-    assert "vision.make_subset cifar10 data/downloads/cifar10_11k.npz" in capsys.readouterr().err
-    assert claims.main(["oracle", "--only", "no such arm"]) == 2
-    assert "begins with 'no such arm'" in capsys.readouterr().err
-    assert claims.main(["oracle", "--seeds", "-1"]) == 2
+
+
+def test_a_claim_is_not_run_where_something_is_missing_or_would_be_lost(
+    tmp_path, monkeypatch, capsys
+):
+    def refused(*words):
+        assert claims.main([*words, "--results", str(tmp_path)]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(claims.Overfit, "images", "absent.npz")
+    assert "vision.make_subset cifar10 absent.npz --train 1100" in refused("overfit")
+    assert "python -m lab.claims skew --tune" in refused("skew", "--only", "IID")
+    assert "no arm" in refused("skew", "--size", "quick", "--only", "no such arm")
+    assert "judged" in refused("oracle", "--only", "fedavg")
+    assert "quick and cpu" in refused("whose", "--size", "gpu")
+    assert "must not be negative" in refused("oracle", "--seeds", "-1")
+    rows = [{"task": "", "arm": "fedavg", "seed": seed} for seed in range(3)]
+    study.store(tmp_path / "oracle.json", "cpu", {"rows": rows})
+    assert "holds 1 rows" in refused("oracle", "--seeds", "2")
+
+
+def test_the_figure_is_that_of_the_largest_size(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study, "conduct", lambda claim, root, threads: [])
+    monkeypatch.setattr(claims, "draw", lambda claim, part: drawn.append(claim.size))
+    monkeypatch.setattr(claims, "told", lambda claim, part: "")
+    for size in ("quick", "cpu", "quick"):
+        claims.conducted(claims.Oracle(size, tmp_path), tmp_path, 1)
+    assert drawn == ["quick", "cpu"]
 
 
 def test_a_claim_from_its_command_to_its_files(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What the README says is true: its code runs, its commands work, its numbers are measured."""
 
+import importlib
 import os
 import re
 import shlex
@@ -97,6 +98,21 @@ def test_commands_of_run_work(command, mine, capsys):
         assert run.main([word for word in words if word != "--quick"] + small) == 0
         assert run.main([*words, "--out", "other", "--rho=nan"]) == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m lab.")])
+def test_commands_of_the_lab_work(command, tmp_path, capsys):
+    pytest.importorskip("pandas", reason="lab/requirements.txt")
+    module, *words = shlex.split(command)[2:]
+    places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert importlib.import_module(module).main(words + places) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_every_command_of_the_readme_is_run_by_a_test():
+    tested = r"python run\.py|torchrun|python -m lab\.|.*--method|.*&& python -m pytest"
+    known = r"pip install .*&& python run\.py"
+    assert all(re.match(f"({tested}|{known})", command) for command in COMMANDS)
 
 
 SYNTHESIS = "--warmup 1 --window 1 --outer-steps 2 --inner-steps 2".split()
