@@ -9,7 +9,8 @@ A run's folder is named by a digest of its settings, of the data and of the code
 
 So what is finished is not run again, a study may be killed and started again, and two claims that
 need the same run share it. After a change of the code or the data everything runs again, but not
-after a change of comments, docstrings or of lab/. Two commands on one machine share the work: a run
+after a change of comments, docstrings or of lab/: whoever changes what measures.Watch measures must
+delete runs/lab. Two commands on one machine share the work: a run
 is locked, and who finds it locked goes on with the next one and comes back.
 
 Rows of runs are what results/NAME.json stores; `frame` makes a pandas table of them. Rows of older

@@ -25,6 +25,9 @@ should have (`Rule`). Their words are made into one (`verdict`):
 "No significant difference" is not "no difference". A claim that something is not worse needs a
 margin, and then a rule asks whether sign * difference + margin is above 0 (non-inferiority).
 
+A few claims got more seeds after a look at the first ones, and say so. Two looks are two chances,
+which these p-values do not count.
+
 Three seeds agree in sign by chance in one case of four, and a t-interval of three is wide: a
 difference must be 2.5 times its standard deviation over the seeds to count, without correction.
 
@@ -157,7 +160,7 @@ def word(row):
     lost = " (Holm)" if row.outcome == 0 and row.p <= 1 - LEVEL else ""
     if row.margin:
         worse = "lower" if row.sign > 0 else "higher"
-        how = {1: "less than", -1: "more than", 0: "perhaps"}[row.outcome]
+        how = {1: "less than", -1: "more than", 0: "not shown to be less than"}[row.outcome]
         return f"{how} {row.margin:g} {worse}{lost}"
     if row.outcome == 0:
         return "no significant difference" + lost
@@ -224,7 +227,7 @@ def arms_text(table, columns):
 
 def comparisons_text(found, judged=True):
     """The comparisons of `compare` as a Markdown table; those not judged have no correction."""
-    heads = ["what", "arms", "measure", "difference", "95 % interval", "p"]
+    heads = ["what", "arms", "measure", "seeds", "difference", "95 % interval", "p"]
     heads += ["p, Holm", ""] if judged else [""]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for _, c in found.iterrows():
@@ -232,6 +235,7 @@ def comparisons_text(found, judged=True):
         name, digits = MEASURES[c.measure][0], finer(c.measure)
         between = f"{c.low:+.{digits}f} to {c.high:+.{digits}f}" if c.seeds > 1 else "-"
         p = [f"{x:.3f}" if x == x else "-" for x in (c.p, c.corrected)][: 1 + judged]
-        cells = [c.about, arms, name, f"{c['mean']:+.{digits}f}", between, *p, word(c)]
+        difference = f"{c['mean']:+.{digits}f}" if c.seeds else "-"
+        cells = [c.about, arms, name, str(c.seeds), difference, between, *p, word(c)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -130,7 +130,7 @@ def rule(sign, margin=0.0):
         (1, 0, [1.0, -1.0, 0.5], 0, "no significant difference"),
         (1, 1, [-0.5, -0.6, -0.4], 1, "less than 1 lower"),
         (1, 1, [-1.5, -1.6, -1.4], -1, "more than 1 lower"),
-        (1, 1, [-1.5, -0.6, -0.4], 0, "perhaps 1 lower"),
+        (1, 1, [-1.5, -0.6, -0.4], 0, "not shown to be less than 1 lower"),
         (-1, 1, [0.5, 0.6, 0.4], 1, "less than 1 higher"),
         (0, 0, [1.0, 1.1, 0.9], np.nan, "higher"),
         (1, 0, [1.0], np.nan, "too few seeds"),
