@@ -87,6 +87,7 @@ def draw_arms(axis, table, measure):
 def draw_comparisons(axis, found, arms):
     """Differences with their intervals, in the colour of their outcome, in blocks of one kind."""
     labels, y = [], 0.0
+    found, unit = on_one_axis(found)
     for (about, measure), block in found.groupby(["about", "measure"], sort=False):
         head = about if measure.startswith("cos") else f"{MEASURES[measure][0]}: {about}"
         head = textwrap.fill(head, 55)
@@ -102,7 +103,7 @@ def draw_comparisons(axis, found, arms):
     axis.axvline(0, color="black", lw=0.8)
     for margin in set(-np.sign(found.sign) * found.margin) - {0}:
         axis.axvline(margin, color="black", ls=":", lw=0.8)
-    axis.set(xlabel="difference", ylim=(y - 0.9, -0.8), xlim=room(found))
+    axis.set(xlabel=unit, ylim=(y - 0.9, -0.8), xlim=room(found))
     axis.set_yticks([at for at, *_ in labels], [text for _, text, _ in labels])
     for tick, (_, _, head) in zip(axis.get_yticklabels(), labels):
         tick.set(fontstyle="italic" if head else "normal", fontsize=8)
@@ -110,6 +111,16 @@ def draw_comparisons(axis, found, arms):
     axis.spines["right"].set_visible(True)
     axis.spines["left"].set_visible(False)
     axis.grid(axis="y", visible=False)
+
+
+def on_one_axis(found):
+    """Comparisons of several measures, those of each divided by its largest number; the unit."""
+    kinds = found.measure.where(~found.measure.str.startswith("cos"), "cosine")
+    if kinds.nunique() < 2:
+        return found, "difference"
+    largest = found[["low", "high"]].abs().max(axis=1).groupby(kinds).transform("max")
+    scaled = found[["mean", "low", "high", "margin"]].div(largest, axis=0)
+    return found.assign(**scaled), "difference, each measure on its own scale"
 
 
 def arms_of(c, arms):

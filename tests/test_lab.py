@@ -787,6 +787,17 @@ def test_numbers_in_notes_are_means_and_paired_differences():
             report.filled(wrong, table)
 
 
+def test_differences_of_several_measures_fit_on_one_axis():
+    columns = ["measure", "mean", "low", "high", "margin"]
+    rows = [("eigenvalue", -100.0, -200.0, 0.0, 0.0), ("accuracy", 2.0, 1.0, 4.0, 1.0)]
+    found = pd.DataFrame([*rows, ("accuracy", -1.0, -3.0, 1.0, 0.0)], columns=columns)
+    scaled, unit = figures.on_one_axis(found)
+    assert scaled["mean"].tolist() == [-0.5, 0.5, -0.25] and "own scale" in unit
+    assert scaled.low.tolist() == [-1, 0.25, -0.75] and scaled.margin.tolist() == [0, 0.25, 0]
+    alone, unit = figures.on_one_axis(found[1:])
+    assert alone.equals(found[1:]) and unit == "difference"
+
+
 def test_figures_are_drawn_with_runs_that_are_missing(tmp_path):
     claim, (table,) = STORED["hyper"][0], TABLES["hyper"].values()
     table = table.copy()
