@@ -288,8 +288,7 @@ class Remedy(Compressed):
     """Compressed's two sharpest uplinks, with the methods that are meant to help: the whole chain.
 
     `compressed` chose the uplinks with seeds 0 to 4, so these runs have others. First all methods
-    have one learning rate and one radius, then three of them their own: with 1 bit one seed finds
-    them, since its accuracies differ by one point and a half over the seeds.
+    have one learning rate and one radius, then three of them their own, found with one seed.
     """
 
     says = (

@@ -57,7 +57,7 @@ def pack(path, n=40, shape=(8, 8), **changed):
 
 
 def test_a_subset_holds_so_many_images_of_every_class_and_only_those_of_the_data_set(tmp_path):
-    source, out = tmp_path / "all.npz", tmp_path / "some.npz"
+    source, out = tmp_path / "all.npz", tmp_path / "new folder" / "some.npz"
     raw = pack(source, classes=np.array(list("abcd")))
     words = [str(source), str(out), "--train", "3", "--test", "2"]
     assert make_subset.main(words) == 0

@@ -1,11 +1,11 @@
 """Make a class-balanced subset of a data set, for experiments that end on a laptop.
 
-    python -m vision.make_subset fashionmnist data/fashion_10k.npz
+    python -m vision.make_subset fashionmnist fashion_10k.npz
     python -m vision.make_subset cifar10 data/downloads/cifar10_11k.npz --train 1100
 
-The first one is the bundled file. NAME is all that `run.py --dataset` knows; --train and --test say
-how many images of every class are drawn (1000 and 200). They are shuffled and written in the layout
-of keras.datasets. The same seed and the same data give the same content on every machine.
+The first one gives the bundled file again. NAME is all that `run.py --dataset` knows; --train and
+--test say how many images of every class are drawn (1000 and 200). They are shuffled and written in
+the layout of keras.datasets. The same data give the same content on every machine.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def make(name, out, train, test):
     arrays["x_train"], arrays["y_train"] = subset(raw.x_train, raw.y_train, train, rng)
     arrays["x_test"], arrays["y_test"] = subset(raw.x_test, raw.y_test, test, rng)
     arrays["classes"] = np.array(raw.classes)
+    out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out, **arrays)
     return arrays
 
