@@ -19,7 +19,8 @@ from pathlib import Path
 import pandas as pd
 
 import run
-from lab import claims, figures, presets, study, tune, verdicts
+from lab import claims, figures, papers, presets, study, tune, verdicts
+from lab.claim import arms_of
 from lab.verdicts import MEASURES, Value
 from plumbing.settings import HERE, closest
 
@@ -55,7 +56,7 @@ def number(arms, measure, table):
 
 def arm_called(name, table):
     """The label of an arm, also if it is written without its parentheses."""
-    known = claims.arms_of(table)
+    known = arms_of(table)
     found = [arm for arm in known if arm == name or arm.startswith(name + " (")]
     if not found:
         raise ValueError(f"{NOTES.name}: no arm {name!r}; {closest(name, known)}")
@@ -151,7 +152,7 @@ def asides_table(results):
     rows = json.loads((results / "asides.json").read_text())
     tables = [table_of(rows), mild_table(results)]
     size, part = study.stored(results / "accuracy.json")
-    tuned = claims.tables(claims.Accuracy(size, results), part)
+    tuned = claims.tables(papers.Accuracy(size, results), part)
     both = pd.concat([*tables, *(t.assign(arm="tuned " + t.arm) for t in tuned.values())])
     return both.reset_index(drop=True)
 

@@ -22,7 +22,20 @@ import compress
 import fl
 import run
 import sam
-from lab import claims, directions, figures, measures, presets, report, study, tune, verdicts
+from lab import (
+    claims,
+    directions,
+    figures,
+    measures,
+    ours,
+    papers,
+    presets,
+    report,
+    study,
+    tune,
+    verdicts,
+)
+from lab.claim import Claim
 from lab.verdicts import Rule, Value
 from plumbing.settings import HERE
 from tests.toys import Linear, Quadratics, f64, normal
@@ -435,7 +448,7 @@ def test_two_processes_share_the_work(tmp_path):
         pass
 
 
-class Two(claims.Claim):
+class Two(Claim):
     """Two arms, in seconds."""
 
     says, refuted, source = "small things are small", "they are large", "nobody"
@@ -449,9 +462,6 @@ class Two(claims.Claim):
 
     def measures(self, seed):
         return {"trace": {"samples": 2}, "slice": {"points": 3}}
-
-    def rules(self, table):
-        return [claims.rule("a minus b", "a", "b", m) for m in ("accuracy", "trace")]
 
 
 def without_time(rows):
@@ -563,7 +573,7 @@ def test_every_arm_of_every_size_is_legal_and_of_its_own(name, size):
 
 
 def test_skew_takes_the_settings_that_were_tuned_for_it(tmp_path, monkeypatch):
-    claim, lr = claims.Skew("cpu", tmp_path), iter(range(1, 99))
+    claim, lr = ours.Skew("cpu", tmp_path), iter(range(1, 99))
     for split, name in claim.searches():
         found = {"size": "cpu", "world": split, "method": name, "settings": {"lr": next(lr)}}
         tune.enter(tmp_path / "tuned.json", found)
@@ -585,7 +595,7 @@ def test_skew_takes_the_settings_that_were_tuned_for_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size, d", (("cpu", 50890), ("gpu", 308746)))
 def test_messages_of_equal_bytes_are_of_equal_bytes(size, d):
-    claim, x = claims.FedSynth(size), normal(d).float()
+    claim, x = papers.FedSynth(size), normal(d).float()
     for label, own in claim.arms(next(iter(claim.tasks()))).items():
         if "bytes" in label and own["algo"] == "fedavg":
             budget = int(re.search(r"([\d,]+) bytes", label)[1].replace(",", ""))
@@ -596,7 +606,7 @@ def test_messages_of_equal_bytes_are_of_equal_bytes(size, d):
 
 
 def test_fedsynth_sends_as_many_bytes_as_its_label_says(tmp_path):
-    claim = claims.FedSynth("quick")
+    claim = papers.FedSynth("quick")
     label, own = next((x, own) for x, own in claim.arms("").items() if x.startswith("FedSynth"))
     settings = study.fitting(claim.tasks()[""], own) | {"threads": 1, "rounds": 1}
     sent = run.experiment(**settings).result["up"] / settings["participation"]
@@ -690,7 +700,7 @@ def test_verdicts_follow_the_rows(name, effect, noise, word):
     assert verdicts.verdict(verdicts.compare(single, rules).outcome) == "Not decided"
 
 
-@pytest.mark.parametrize("kind", [claims.Skew, claims.Whose])
+@pytest.mark.parametrize("kind", [ours.Skew, ours.Whose])
 def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path):
     claim, rows = kind("cpu", tmp_path), []
     for k, arm in enumerate(claim.arms("")):
@@ -714,12 +724,12 @@ def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path
 def test_a_part_of_a_claim(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(study, "row_of", lambda claim, root, task, arm, s: seen.append(s["seed"]))
-    study.conduct(claims.Skew("cpu", tmp_path, seeds=1), tmp_path)
+    study.conduct(ours.Skew("cpu", tmp_path, seeds=1), tmp_path)
     assert set(seen) == {0} and len(seen) == 36
     seen.clear()
-    study.conduct(claims.Overfit("cpu", tmp_path, only="two.*own"), tmp_path)
+    study.conduct(ours.Overfit("cpu", tmp_path, only="two.*own"), tmp_path)
     assert seen == [2, 3, 4]
-    part = claims.Skew("cpu", tmp_path, only="Dir 0.1")
+    part = ours.Skew("cpu", tmp_path, only="Dir 0.1")
     assert len(study.conduct(part, tmp_path)) == 45 and part.command.endswith('--only "Dir 0.1"')
 
 
@@ -730,7 +740,7 @@ def test_a_claim_is_not_run_where_something_is_missing_or_would_be_lost(
         assert claims.main([*words, "--results", str(tmp_path)]) == 2
         return capsys.readouterr().err
 
-    monkeypatch.setattr(claims.Overfit, "images", "absent.npz")
+    monkeypatch.setattr(ours.Overfit, "images", "absent.npz")
     assert "vision.make_subset cifar10 absent.npz --train 1100" in refused("overfit")
     assert "python -m lab.claims skew --tune" in refused("skew", "--only", "IID")
     assert "no arm" in refused("skew", "--size", "quick", "--only", "no such arm")
@@ -748,7 +758,7 @@ def test_the_figure_is_that_of_the_largest_size(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "draw", lambda claim, part: drawn.append(claim.size))
     monkeypatch.setattr(claims, "told", lambda claim, part: "")
     for size in ("quick", "cpu", "quick"):
-        claims.conducted(claims.Oracle(size, tmp_path), tmp_path, 1)
+        claims.conducted(ours.Oracle(size, tmp_path), tmp_path, 1)
     assert drawn == ["quick", "cpu"]
 
 
@@ -760,7 +770,7 @@ def test_a_claim_from_its_command_to_its_files(tmp_path, capsys):
     assert "**Not decided.**" in out and "| oracle |" in out and "too few seeds" in out
     part = json.loads((tmp_path / "oracle.json").read_text())["quick"]
     assert part["command"] == "python -m lab.claims oracle --size quick"
-    assert [row["arm"] for row in part["rows"]] == list(claims.Oracle("quick").arms(""))
+    assert [row["arm"] for row in part["rows"]] == list(ours.Oracle("quick").arms(""))
     assert part["machines"][0]["torch"] == torch.__version__
     assert (tmp_path / "oracle.png").stat().st_size > 10_000
     assert claims.main(words) == 0 and capsys.readouterr().out == out
@@ -915,7 +925,7 @@ def test_winners_are_kept_and_used_by_the_claim(tmp_path, capsys, monkeypatch):
     tune.enter(path, entry | {"size": "cpu", "settings": {"lr": 0.05}})
     tune.enter(path, entry | {"size": "cpu", "settings": {"lr": 0.07}})
     assert len(path.read_text().splitlines()) == 4  # a line each, between brackets
-    arms = claims.Accuracy("cpu", tmp_path).arms("")
+    arms = papers.Accuracy("cpu", tmp_path).arms("")
     assert arms["fedavg (lr 0.07)"]["lr"] == 0.07 and "fedsam (not tuned)" in arms
     assert tune.winner(RESULTS / "tuned.json", "cpu", "", "fedsmoo") == {"lr": 0.1, "prox": 0.1}
 

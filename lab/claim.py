@@ -1,0 +1,118 @@
+"""What a claim is: arms, measures, and rules that were written before the runs.
+
+The claims of papers stand in papers.py, those of this project in ours.py. A claim says which arms
+are run (`arms`), what is measured besides accuracy, losses, bytes and eigenvalue (`measures`,
+`watch`), and which arm minus which arm should have which sign (`rules`). A verdict holds for these
+images, networks and rounds, and no more than that.
+"""
+
+import json
+
+from lab import study
+from lab.verdicts import Rule, Value
+from plumbing.settings import HERE
+
+UPLINKS = {
+    "none": {"compress": "identity"},
+    "4 bits": {"compress": "qsgd", "levels": 7},
+    "2 bits": {"compress": "qsgd", "levels": 1},
+    "top 10 %": {"compress": "topk", "k": 0.1},
+    "top 5 %": {"compress": "topk", "k": 0.05},
+    "top 1 %": {"compress": "topk", "k": 0.01},
+}
+SPLITS = {"IID": {"partition": "iid"}, "Dir 0.6": {"alpha": 0.6}, "Dir 0.1": {"alpha": 0.1}}
+
+
+class Claim:
+    """A claim at one size; a subclass says what it claims, and how that is tested.
+
+    says, refuted: the claim, and what would refute it. source: whose claim. columns of its table,
+    panels of its figure: names in verdicts.MEASURES. results: the folder of tuned.json. seeds and
+    only: fewer seeds, and only arms whose labels match this regular expression from the start.
+    """
+
+    says = refuted = source = ""
+    columns = ("accuracy", "train_loss", "eigenvalue")
+    panels = ("accuracy", "eigenvalue")
+    repeats = 3  # seeds of every arm, but at the size quick
+    first_seed = 0
+    sizes = study.SIZES
+    divisible = False  # whether some of its arms can be judged alone
+    pictures = {}  # more figures: {what is added to the file's name: a function of figures.py}
+
+    def __init__(self, size="cpu", results=HERE / "results", seeds=0, only=""):
+        self.size, self.results, self.name = size, results, type(self).__name__.lower()
+        self.command = f"python -m lab.claims {self.name} --size {size}"
+        self.command += f" --seeds {seeds}" if seeds else ""
+        self.command += f' --only "{only}"' if only else ""
+        self.only = only
+        self.seeds = seeds or (1 if size == "quick" else self.repeats)
+
+    def check(self):
+        """Before the runs: ValueError if something is missing, or stored rows would be lost."""
+        if self.size not in self.sizes:
+            raise ValueError(f"{self.name} has the sizes {' and '.join(self.sizes)}")
+        if self.only and not self.divisible:
+            raise ValueError(
+                f"{self.name} is judged as a whole; --only is for remedy, skew, whose, overfit"
+            )
+        path = self.results / f"{self.name}.json"
+        part = json.loads(path.read_text()).get(self.size) if path.exists() else None
+        rows = map(study.plain, part["rows"] if part else ())
+        stored = {(row["arm"], row["seed"]) for row in rows}
+        coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
+        if not stored <= coming:
+            raise ValueError(
+                f"{path} holds {len(stored - coming)} rows that these runs would not replace, such "
+                f"as {min(stored - coming)}; keep them with --results and another folder"
+            )
+
+    def tasks(self):
+        """{task: settings that all arms share}"""
+        return study.TASKS[self.size]
+
+    def arms(self, task):
+        """{label: settings of this arm}"""
+        raise NotImplementedError
+
+    def seeds_of(self, arm):
+        """How many seeds an arm has."""
+        return self.seeds
+
+    def searches(self):
+        """What --tune finds: {(name in tuned.json, arm): (settings, grid, number of seeds)}."""
+        return {}
+
+    def measures(self, seed):
+        """What is measured at the end of a run: {name in measures.MEASURES: arguments}."""
+        return {}
+
+    def watch(self, task):
+        """What is measured during a run: {"every": rounds, "names": [...]}, or None."""
+        return None
+
+    def derive(self, table):
+        """The table of a task with what a row cannot know alone, in new columns."""
+        return table
+
+    def rules(self, table):
+        """All comparisons: a list of verdicts.Rule."""
+        raise NotImplementedError
+
+    def baseline(self, arm):
+        """The label of FedAvg's arm that this arm is compared with in the figure of all claims."""
+        return "fedavg"
+
+    def on_cpu(self, **settings):
+        """These settings at the size cpu, none at the others."""
+        return settings if self.size == "cpu" else {}
+
+
+def rule(about, first, second, measure, sign=1, margin=0.0):
+    """first minus second, both arms, of the same measure."""
+    return Rule(about, Value(first, measure), Value(second, measure), sign, margin)
+
+
+def arms_of(table):
+    """The labels of a table, each once."""
+    return list(dict.fromkeys(table.arm))
