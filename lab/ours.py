@@ -134,7 +134,7 @@ class Skew(Claim):
         "last update (FedLESAM)": {"algo": "fedlesam"},
         "synthetic (FedSynSAM)": {"algo": "fedsynsam", "mix": 1.0, "warmup_method": "fedavg"},
         "mixture (FedSynSAM)": {"algo": "fedsynsam", "mix": 0.5, "warmup_method": "fedsam"},
-        "true (oracle)": {"algo": "oracle"},
+        "true (oracle)": {"algo": "oracle", "oracle_images": 100},
         "server (FedGloSS)": {"algo": "fedgloss"},
         "momentum (FedWMSAM)": {"algo": "fedwmsam"},
         "no ascent (DynaFed)": {"algo": "dynafed"},
@@ -146,18 +146,20 @@ class Skew(Claim):
     def check(self):
         super().check()
         for _, arm, _ in study.jobs(self):
-            split, name = arm.split(", ")
-            place = self.size, self.tuned.get(split, split), name
-            if self.size == "cpu" and not tune.winner(self.results / "tuned.json", *place):
+            if self.size == "cpu" and not self.winner(*arm.split(", ")):
                 raise ValueError(f"{arm} is not tuned; python -m lab.claims {self.name} --tune")
+
+    def winner(self, split, name):
+        """The tuned settings of an arm, or None."""
+        place = self.size, self.tuned.get(split, split), name
+        return tune.winner(self.results / "tuned.json", *place)
 
     def settings(self, split, name):
         """All settings of an arm but the tuned ones."""
         own = self.splits[split] | UPLINKS["2 bits"] | self.directions[name]
         if self.size == "quick":
             return own | {"clients": 10}  # one for each class
-        own |= {"rounds": 80, "local_steps": 10, "last": 20, "measure_images": 500}
-        return own | ({"oracle_images": 100} if name.startswith("true") else {})
+        return own | {"rounds": 80, "local_steps": 10, "last": 20, "measure_images": 500}
 
     def searches(self):
         found, (common,) = {}, self.tasks().values()
@@ -172,13 +174,11 @@ class Skew(Claim):
         return study.TASKS["quick" if self.size == "quick" else "cpu"]
 
     def arms(self, task):
-        found = {}
-        for split in self.splits:
-            for name in self.directions:
-                place = self.size, self.tuned.get(split, split), name
-                chosen = tune.winner(self.results / "tuned.json", *place) or {}
-                found[f"{split}, {name}"] = self.settings(split, name) | chosen
-        return found
+        return {
+            f"{split}, {name}": self.settings(split, name) | (self.winner(split, name) or {})
+            for split in self.splits
+            for name in self.directions
+        }
 
     def watch(self, task):
         every, mean_from = (2, 2) if self.size == "quick" else (40, 40)
@@ -201,11 +201,10 @@ class Skew(Claim):
             return rule(about, f"{split}, {first}", f"{split}, {second}", measure, sign)
 
         found = [compare(s, *pair, *self.judged_by) for s in self.hard for pair in self.judged]
-        for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
-            for split in self.splits:
-                others = list(self.directions)[1:]
-                found += [compare(split, name, "fedavg", measure, 0) for name in others]
         known = arms_of(table)
+        others = [arm.split(", ") for arm in known if arm != self.baseline(arm)]
+        for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
+            found += [compare(*arm, "fedavg", measure, 0) for arm in others]
         return [r for r in found if {r.first.arm, r.second.arm} <= set(known)]
 
 
@@ -213,7 +212,8 @@ class Whose(Skew):
     """Skew's task with one class per client, with directions that are trials (lab/directions.py).
 
     Arms that Skew has are the same runs. Each trial is tuned as those are:
-    `python -m lab.claims whose --tune`.
+    `python -m lab.claims whose --tune`. Better and worse estimates of the true direction have the
+    settings of the one that was tuned.
     """
 
     says = (
@@ -228,7 +228,10 @@ class Whose(Skew):
     pictures = {"_against": figures.draw_against}
     trials = {
         "another batch": {"algo": "lab/directions.py:AnotherBatch"},
+        "whole client": {"algo": "lab/directions.py:WholeClient"},
         "another client": {"algo": "lab/directions.py:AnotherClient"},
+        "negative": {"algo": "lab/directions.py:Negative"},
+        "random": {"algo": "lab/directions.py:Random"},
         "debiased": {"algo": "lab/directions.py:Debiased"},
         "projected": {"algo": "lab/directions.py:Projected", "warmup_method": "fedavg"},
         "once a round": {"algo": "lab/directions.py:OncePerRound"},
@@ -236,6 +239,16 @@ class Whose(Skew):
         | {"algo": "lab/directions.py:Descending"},
     }
     directions = dict(list(Skew.directions.items())[:6]) | trials
+    estimates = {  # name: (whose settings it has, but for these)
+        "true of 500 images": ("true (oracle)", {"oracle_images": 500}),
+        "true of 2000 images": ("true (oracle)", {"oracle_images": 2000}),
+        "synthetic with 5 a class": ("synthetic (FedSynSAM)", {"ipc": 5}),
+        "synthetic with 15 a class": ("synthetic (FedSynSAM)", {"ipc": 15}),
+        "synthetic with 1000 steps": ("synthetic (FedSynSAM)", {"outer_steps": 1000}),
+        "synthetic with 3000 steps": ("synthetic (FedSynSAM)", {"outer_steps": 3000}),
+        "synthetic after warm-up 25": ("synthetic (FedSynSAM)", {"warmup": 25}),
+        "synthetic anew every 25": ("synthetic (FedSynSAM)", {"resynthesize": 25}),
+    }
     judged = [
         ("debiased", "fedavg"),
         ("debiased", "own (FedSAM)"),
@@ -246,6 +259,16 @@ class Whose(Skew):
         return {
             place: what for place, what in super().searches().items() if place[1] in self.trials
         }
+
+    def arms(self, task):
+        found = super().arms(task)
+        if self.size == "cpu":
+            for name, (base, changed) in self.estimates.items():
+                found[f"one class, {name}"] = found[f"one class, {base}"] | changed
+        return found
+
+    def winner(self, split, name):
+        return super().winner(split, self.estimates.get(name, [name])[0])
 
 
 class Overfit(Skew):

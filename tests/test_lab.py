@@ -703,10 +703,11 @@ def test_verdicts_follow_the_rows(name, effect, noise, word):
 @pytest.mark.parametrize("kind", [ours.Skew, ours.Whose])
 def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path):
     claim, rows = kind("cpu", tmp_path), []
+    names = list(dict.fromkeys(arm.split(", ")[1] for arm in claim.arms("")))
     for k, arm in enumerate(claim.arms("")):
         for seed in range(claim.seeds_of(arm)):
             plain = 10 * k * arm.endswith("fedavg")
-            height = plain + seed**2 + list(claim.directions).index(arm.split(", ")[1])
+            height = plain + seed**2 + names.index(arm.split(", ")[1])
             row = {"task": "", "arm": arm, "seed": seed, "accuracy": height, "mean_model": 2 * seed}
             rows.append(row | {"eigenvalue": k, "cos_used": 0.1 * k, "diverged": None})
     table = pd.DataFrame(rows)
@@ -714,11 +715,23 @@ def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path
     for suffix, draw in claim.pictures.items():
         draw(path.with_stem(path.stem + suffix), claim, table)
         assert path.with_stem(path.stem + suffix).stat().st_size > 10_000
-    for n, name in enumerate(list(claim.directions)[1:], 1):
+    for n, name in enumerate(names[1:], 1):
         found = figures.gains(claim, table, name, "accuracy")
         base = table[table.arm.str.endswith("fedavg")].groupby("arm", sort=False).accuracy.min()
         assert found["mean"].tolist() == pytest.approx((n - base).tolist())
         assert found.low.tolist() == pytest.approx(found.high.tolist())  # seeds cancel
+
+
+def test_better_and_worse_estimates_have_the_settings_that_were_tuned(tmp_path):
+    claim = ours.Whose("cpu", tmp_path)
+    for name in claim.directions:
+        found = {"size": "cpu", "world": "one class", "method": name, "settings": {"lr": 0.3}}
+        assert claim.winner("one class", name) is None
+        tune.enter(tmp_path / "tuned.json", found)
+    arms = claim.arms("")
+    assert {own["lr"] for own in arms.values()} == {0.3} and len(arms) == 23
+    assert arms["one class, true of 2000 images"]["oracle_images"] == 2000
+    assert claim.check() is None
 
 
 def test_a_part_of_a_claim(tmp_path, monkeypatch):
