@@ -198,7 +198,7 @@ class RandK:
     scaled: x_hat = (d/k) x at the chosen places, which is unbiased with omega = d/k - 1.
     Not scaled ("random masking"): x_hat = x there, and E||x_hat - x||^2 = (1 - k/d) ||x||^2.
 
-    Fields: the seed, an integer of 8 bytes (of which the low 62 bits count); the chosen x_j, not
+    Fields: the seed, an integer of 8 bytes (of which the low 32 bits count); the chosen x_j, not
     yet multiplied by d/k, as k floats in the order of their places.
     The places are the first k of torch.randperm(d) under a CPU generator with that seed, in that
     order. In other words: start with r = 0..d-1. For i = 0, 1, ..., d-2 exchange r_i and r_z, where
@@ -362,8 +362,8 @@ def with_feedback(compressor, x, e, generator=None):
     x [d] is the update and already contains the learning rate; e [d] is the residual that this
     client kept, 0 at first -> (buffer, new e [d]). The sum of everything sent plus the current e is
     the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk): with
-    omega > 1 the residual grows without bound. A compressor that can say so has the attribute
-    `contractive`, and fl.Federation refuses one that is not.
+    omega > 1 the residual grows without bound. fl.Federation refuses a compressor whose attribute
+    `contractive` is False; one without it, such as QSGD, is the user's responsibility.
     Source: Karimireddy et al. 2019 (EF-SGD).
     """
     p = e + x

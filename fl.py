@@ -25,7 +25,8 @@ hooks changed, here in the order of a round:
              broadcast_once   what it receives in addition, once
     client   first_memory     what it remembers, before its first round
              start            where its steps begin
-    K times  point            where the gradient is computed; a SAM method goes to w + e  (sam.py)
+    K times  direction        SAM methods only: the ascent direction u                    (sam.py)
+             point            where the gradient is computed; a SAM method goes to w + e
              correct          what is added to the gradient, as SCAFFOLD does    (methods/drift.py)
              move             the step itself
              upload           what it sends
@@ -46,9 +47,9 @@ Notation
     lr_sum    K lr, so -update / lr_sum is a mean G; under vmap it is a tensor
 
 Rules for a new method
-    * Call super() in a hook and add to it (but replace `point` and `move`). Then methods combine:
-      `class FedGAMMA(FedSAM, SCAFFOLD)` needs no body. Where both parents replace a hook, the left
-      one counts.
+    * Call super() in a hook and add to it; only `direction`, `point` and `move` may be replaced.
+      Then methods combine: `class FedGAMMA(FedSAM, SCAFFOLD)` needs no body. Where both parents
+      replace a hook, the left one counts.
     * Add names of your own to what is sent, collected, kept and remembered. "update" belongs to all
       parents: FedDyn sums it up. So send or collect another vector beside it, and in `aggregate`
       pass `mean` on to super() as it is.
@@ -222,10 +223,11 @@ class SCAFFOLD(FedAvg):
 
         c_i' = c_i - c - update / lr_sum              c <- c + sum over the clients (c_i' - c_i) / N
 
-    Without clipping and weight decay, -update / lr_sum is the mean of the K directions g + c - c_i,
-    so c_i' is the mean of the K gradients g. c is always the mean of the c_i of all N clients.
+    Without clipping and weight decay, and with variate = 1, -update / lr_sum is the mean of the K
+    directions g + c - c_i, so c_i' is the mean of the K gradients g. c is always the mean of the
+    c_i of all N clients.
     Error feedback is for the update only. If compression makes c_i wrong by some error, then the
-    next c_i' - c_i repairs it by itself, since it starts from the wrong c_i.
+    next c_i' - c_i repairs it, since it is computed from that c_i.
     """
 
     variate: Annotated[float, "factor of c - c_i; 0: no correction", 0, None] = 1.0
@@ -277,8 +279,8 @@ class FedSAM(FedAvg):
 class FedLESAM(FedSAM):
     """FedSAM, but u = w_old - w^t, where w_old is the global model of this client's last round.
 
-    Training decreases F on the way from w_old to w^t, so back increases it. u is the same in all K
-    steps and costs no gradient. In a client's first round u = 0: no ascent.
+    Training should have lowered F on the way from w_old to w^t, so the way back raises it. u is the
+    same in all K steps and costs no gradient. In a client's first round u = 0: no ascent.
     """
 
     def first_memory(self, received):
@@ -350,8 +352,8 @@ class FedSynSAM(Distilling, FedSAM):
 
         u = (1 - mix) g_i / ||g_i||  +  mix g_syn / ||g_syn||
 
-    Two gradients a step; three if mix < 1. Until the synthesis it is FedAvg or FedSAM. Of the paper
-    only the abstract was at hand, which leaves the blend and the start open: both are this
+    Two gradients a step; three if 0 < mix < 1. Until the synthesis it is FedAvg or FedSAM. Of the
+    paper only the abstract was at hand, which leaves the blend and the start open: both are this
     project's choices.
     """
 
@@ -451,7 +453,7 @@ class Federation:
         return {name: x.to(self.w) for name, x in mean.items()}
 
     def after_upload(self, work, mine, decoded, lr_sum):
-        """The memory of a client after an upload; what it sent before training, it keeps for it."""
+        """The memory of a client after an upload; what it sent before training is in it, too."""
         return self.method.remember(mine, decoded, lr_sum) if work == "train" else mine | decoded
 
     def visits(self, work, clients, received, lr):
@@ -540,7 +542,7 @@ def autograd(loss, w):
 def rng(seed, *purpose, device="cpu"):
     """A random generator for one purpose only, such as rng(0, "batches", round, client).
 
-    So nothing has to be saved for a run to continue, and the order of the work does not matter.
+    So a run continues without saved generators, and the order of the work does not matter.
     """
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)  # below 2^63

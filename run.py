@@ -3,7 +3,7 @@
     python run.py                                    FedSynSAM on the bundled images, 100 clients
     python run.py --algo fedavg fedsynsam --seeds 3  a comparison: mean and standard deviation
     python run.py --resume runs/NAME                 continue a run or a comparison
-    python run.py --quick                            the same job at a tenth of the size
+    python run.py --quick                            the same job with a tenth of the rounds
     python run.py --list                             all methods, compressors, networks and splits
     python run.py --algo fedprox --help              the settings of the parts of this run
 
@@ -142,7 +142,8 @@ def quick(settings, given=()):
     if "swa_start" in settings:
         small["swa_start"] = min(small["swa_start"], rounds - 1)
     if "warmup" in settings:
-        small["warmup"] = min(small["warmup"], max(1, rounds - 1))
+        least = settings["window"] if "window" in given else 1
+        small["warmup"] = min(max(small["warmup"], least), max(1, rounds - 1))
         small["window"] = min(settings["window"], small["warmup"])
         small["resynthesize"] = math.ceil(settings["resynthesize"] / 10)
     return resolve(**settings | {n: value for n, value in small.items() if n not in given})
@@ -217,8 +218,8 @@ class Outcome(NamedTuple):
 def experiment(folder=None, *, watch=None, **settings):
     """One run, with or without a folder -> Outcome.
 
-    A folder is made if it is not there. If it holds a run with the same settings, that is
-    continued; if it is finished, it is read. watch(federation) is called after every round.
+    A folder is made if it is not there. A run with the same settings that it holds is continued, or
+    read if it is finished. watch(federation) is called after every round.
     Raises ValueError for wrong input, FloatingPointError if numbers stop being finite.
     """
     settings, folder = resolve(**settings), folder and Path(folder)
@@ -377,7 +378,8 @@ def card(result, folder):
 
 def stored_beside(result, path=HERE / "results" / "default.json"):
     """Mean test accuracies of other methods in the same job, if it is that of the README."""
-    rows = json.loads(path.read_text())["cpu"]["rows"] if path.exists() else []
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    rows = [row for row in stored.get("cpu", {"rows": []})["rows"] if "settings" in row]
     tasks = {row["settings"]: row["task"] for row in rows}
     rows = [row for row in rows if row["task"] == tasks.get(result["settings"])]
     others = dict.fromkeys(row["algo"] for row in rows if row["algo"] != result["algo"])
@@ -421,10 +423,15 @@ def runs_of(algos, seeds, given):
         used |= set(mine)
         for seed in range(mine.get("seed", 0), mine.get("seed", 0) + seeds):
             label = f"{algo.rpartition(':')[2]}-s{seed}"
+            if label in runs:
+                raise ValueError(f"two runs would be called {label}; give each method another name")
             runs[label] = resolve(**mine | {"algo": algo, "seed": seed})
     for name in set(given) - used:
         raise ValueError(f"{name} is no setting of this run; {who_has(name, known)}")
     return runs
+
+
+FAILURES = (FloatingPointError, ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 def compare(folder, runs):
@@ -438,7 +445,7 @@ def compare(folder, runs):
             outcome = experiment(folder and folder / name, **settings)
             results.append(outcome.result)
             logs.setdefault(outcome.result["algo"], []).append(outcome.log)
-        except (FloatingPointError, ValueError, OSError) as error:
+        except FAILURES as error:
             complain(f"{name}: {error}")
             failed = 1
     if results and first_rank():
@@ -484,14 +491,11 @@ def read_command(argv):
 
 def job_of(given):
     """What a command asks for: (folder, {name: settings} of its runs, is it a comparison?)."""
+    if "resume" in given:
+        return resumed(given.pop("resume"), given.pop("algo", []), given)
     root, name = given.pop("out", Path("runs")), given.pop("name", None)
-    small, folder = given.pop("quick", False), given.pop("resume", None)
-    algos, seeds = given.pop("algo", []), given.pop("seeds", 1)
-    if folder and (folder / "comparison.json").exists():
-        return folder, stored_runs(folder, [*algos, *given.values()]), True
-    if folder:
-        given |= {"algo": algo for algo in algos}
-        return folder, {folder.name: stored_settings(folder, **given)}, False
+    small, algos = given.pop("quick", False), given.pop("algo", [])
+    seeds, folder = given.pop("seeds", 1), None
     if not 1 <= seeds <= 1000:
         raise ValueError(f"seeds = {seeds} is out of range; it must be in 1..1000")
     runs = runs_of(algos or [Run.algo], seeds, given)
@@ -505,6 +509,16 @@ def job_of(given):
         if several:
             write_json(folder / "comparison.json", runs)
     return folder, runs, several
+
+
+def resumed(folder, algos, given):
+    """What is in a folder: as `job_of`. Only settings of the machine may be new."""
+    for name in {"seeds", "name", "out", "quick"} & set(given):
+        raise ValueError(f"--{name} is for new runs; those in {folder} continue as they were begun")
+    if (folder / "comparison.json").exists():
+        return folder, stored_runs(folder, algos, given), True
+    given |= {"algo": algo for algo in algos}
+    return folder, {folder.name: stored_settings(folder, **given)}, False
 
 
 def say(text, file=None):

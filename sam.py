@@ -1,7 +1,7 @@
 """Sharpness, and what sharpness-aware minimization (SAM) does about it.
 
 A minimum is sharp if the loss F rises steeply around it. The Hessian H of F at w [d] measures that:
-its largest eigenvalue is the curvature of F along the steepest direction. H has d^2 entries, too
+its largest eigenvalue is the largest curvature of F along any direction. H has d^2 entries, too
 many to store, but a product H v costs only about two gradients (`hessian_vector`), and a few dozen
 products give the largest eigenvalue (`largest_eigenvalue`).
 

@@ -8,7 +8,7 @@ D = (X, Y) on which plain gradient descent follows a piece of the trajectory:
     theta_{j+1} = theta_j - a grad l(theta_j; X, Y)    j = 0 ... M - 1          (`unroll`)
     L = ||theta_M - target||^2 / ||theta_0 - target||^2                         (`matching_loss`)
 
-The target lies some rounds ahead: w^{p+r}, or a mean of such snapshots (`draw_segment`). Adam
+The target lies `window` rounds ahead, or is a mean of snapshots until then (`draw_segment`). Adam
 moves the images X [n, C, H, W], the label logits Y [n, classes] and the step size a along -grad L,
 with gradients through all M inner steps (`synthesize`). L = 1 means that training on D comes no
 nearer to the target, L = 0 that it leads exactly there.
@@ -42,7 +42,7 @@ class Synthetic(NamedTuple):
 
 
 class Synthesis:
-    """The settings of `synthesize`; a method that inherits them is one that can be told them.
+    """The settings of `synthesize`; a method has these settings if it inherits this class.
 
     The defaults are this project's choices, made on validation images, except rate_images, window
     and average_targets, which are DynaFed's. Its scripts have warmup 24, ipc 15, outer_steps 3000,
@@ -93,7 +93,7 @@ def matching_loss(end, start, target):
 
 
 def draw_segment(trajectory, window, average, generator):
-    """A piece of the trajectory, a list of L vectors [d]: (start w^p [d], target [d]).
+    """A piece of the trajectory, a list of vectors [d]: (start w^p [d], target [d]).
 
     The target is w^{p+window}. If average, it is the mean of r snapshots, drawn with replacement
     from w^{p+1} ... w^{p+window}, with r drawn from 2 ... window (r = 1 if window is 1). A segment

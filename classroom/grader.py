@@ -459,6 +459,8 @@ def do(given):
         print(f"{given.handout} is ready; its README.md says how to begin")
     elif given.gradescope and given.gradescope.suffix == ".zip":
         gradescope_zip(given.gradescope)
+    elif given.gradescope and not given.grade:
+        raise ValueError("--gradescope results.json needs --grade DIR, the hand-in")
     elif given.gradescope:
         files = handout.tree(data=False)
         results, _ = grade(one_hand_in(given.grade), files, given.exercises, given.seconds)

@@ -7,6 +7,9 @@ images, networks and rounds, and no more than that.
 """
 
 import json
+import re
+
+import pandas as pd
 
 from lab import study
 from lab.verdicts import Rule, Value
@@ -45,22 +48,25 @@ class Claim:
         self.command = f"python -m lab.claims {self.name} --size {size}"
         self.command += f" --seeds {seeds}" if seeds else ""
         self.command += f' --only "{only}"' if only else ""
-        self.only = only
+        self.only = expression(only)
         self.seeds = seeds or (1 if size == "quick" else self.repeats)
 
     def check(self):
         """Before the runs: ValueError if something is missing, or stored rows would be lost."""
         if self.size not in self.sizes:
             raise ValueError(f"{self.name} has the sizes {' and '.join(self.sizes)}")
-        if self.only and not self.divisible:
+        if self.only.pattern and not self.divisible:
             raise ValueError(
                 f"{self.name} is judged as a whole; --only is for remedy, skew, whose, overfit"
             )
+        coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
+        arms = list(dict.fromkeys(arm for arm, _ in coming))
+        if arms and self.divisible and not self.comparisons(pd.DataFrame({"arm": arms})):
+            raise ValueError(f"--only {self.only.pattern!r} leaves nothing to compare")
         path = self.results / f"{self.name}.json"
         part = json.loads(path.read_text()).get(self.size) if path.exists() else None
         rows = map(study.plain, part["rows"] if part else ())
         stored = {(row["arm"], row["seed"]) for row in rows}
-        coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
         if not stored <= coming:
             raise ValueError(
                 f"{path} holds {len(stored - coming)} rows that these runs would not replace, such "
@@ -99,6 +105,11 @@ class Claim:
         """All comparisons: a list of verdicts.Rule."""
         raise NotImplementedError
 
+    def comparisons(self, table):
+        """The rules whose arms are both in the table."""
+        known = set(table.arm)
+        return [r for r in self.rules(table) if {r.first.arm, r.second.arm} <= known]
+
     def baseline(self, arm):
         """The label of FedAvg's arm that this arm is compared with in the figure of all claims."""
         return "fedavg"
@@ -106,6 +117,14 @@ class Claim:
     def on_cpu(self, **settings):
         """These settings at the size cpu, none at the others."""
         return settings if self.size == "cpu" else {}
+
+
+def expression(text):
+    """A regular expression, compiled; ValueError if it is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"--only {text!r} is no regular expression: {error}") from None
 
 
 def rule(about, first, second, measure, sign=1, margin=0.0):

@@ -30,7 +30,6 @@ project in ours.py.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def tables(claim, part):
 
 def judged(claim, table):
     """The comparisons of a claim, and its verdict: (DataFrame, word)."""
-    found = verdicts.compare(table, claim.rules(table))
+    found = verdicts.compare(table, claim.comparisons(table))
     return found, verdicts.verdict(found.outcome[found.sign != 0])
 
 
@@ -67,14 +66,17 @@ def told(claim, part):
     return "\n\n".join(text)
 
 
-def keep(claim, rows):
-    """Write results/NAME.json -> the part of this size."""
+def keep(claim, rows, root):
+    """Write results/NAME.json -> the part of this size; root: where the runs are."""
     machines = {json.dumps(row.get("machine")): row.get("machine") for row in rows}
     part = {"claim": claim.says, "source": claim.source, "refuted_by": claim.refuted}
     part |= {"command": claim.command, "machines": [m for m in machines.values() if m]}
     part["defaults"] = run.resolve()
     part["rows"] = [{k: v for k, v in row.items() if k != "machine"} for row in rows]
-    study.store(claim.results / f"{claim.name}.json", claim.size, part)
+    path = claim.results / f"{claim.name}.json"
+    with study.locked(root / path.name):
+        claim.check()  # again: another command may have stored rows in the meantime
+        study.store(path, claim.size, part)
     return part
 
 
@@ -98,11 +100,13 @@ def stored_claims(results):
 
 
 def tuned(claim, root, threads):
-    """Do the searches of a claim, print the winners, exit code 0; 2 if it has none."""
+    """Do the searches of a claim, print the winners: exit code 0."""
+    if claim.size not in claim.sizes:
+        raise ValueError(f"{claim.name} has the sizes {' and '.join(claim.sizes)}")
     searches = {
         place: what
         for place, what in claim.searches().items()
-        if re.match(claim.only, ", ".join(place))
+        if claim.only.match(", ".join(place))
     }
     if not searches:
         raise ValueError(f"{claim.name} tunes nothing of its own here; see python -m lab.tune")
@@ -115,7 +119,7 @@ def tuned(claim, root, threads):
 def conducted(claim, root, threads):
     """Do the runs of a claim, store the rows, draw, print what came out: exit code 0."""
     claim.check()
-    part = keep(claim, study.conduct(claim, root, threads=threads))
+    part = keep(claim, study.conduct(claim, root, threads=threads), root)
     if study.stored(claim.results / f"{claim.name}.json")[0] == claim.size:
         draw(claim, part)  # the figure is that of the largest size
     print(told(claim, part))
@@ -123,7 +127,7 @@ def conducted(claim, root, threads):
 
 
 def main(argv=None):
-    """The command: exit code 0, 2, or 130 if interrupted."""
+    """The command: exit code 0, 1 if all runs of a search diverged, 2, or 130 if interrupted."""
     p = run.Parser(prog="python -m lab.claims", description=__doc__.split("\n")[0])
     p.add_argument("name", choices=CLAIMS)
     p.add_argument("--size", choices=study.SIZES, default="cpu")
@@ -137,12 +141,14 @@ def main(argv=None):
         given = p.parse_args(argv)
         if given.seeds < 0:
             raise ValueError(f"seeds = {given.seeds} must not be negative")
+        if given.seeds and given.tune:
+            raise ValueError("--seeds is for runs; a search has seeds of its own")
         claim = CLAIMS[given.name](given.size, given.results, given.seeds, given.only)
         task = tuned if given.tune else conducted
         return task(claim, given.out, given.threads)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"lab.claims: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("lab.claims: interrupted; the same command continues", file=sys.stderr)
         return 130

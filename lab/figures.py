@@ -118,7 +118,7 @@ def on_one_axis(found):
     kinds = found.measure.where(~found.measure.str.startswith("cos"), "cosine")
     if kinds.nunique() < 2:
         return found, "difference"
-    largest = found[["low", "high"]].abs().max(axis=1).groupby(kinds).transform("max")
+    largest = found[["mean", "low", "high"]].abs().max(axis=1).groupby(kinds).transform("max")
     scaled = found[["mean", "low", "high", "margin"]].div(largest, axis=0)
     return found.assign(**scaled), "difference, each measure on its own scale"
 

@@ -51,7 +51,7 @@ import fl
 import run
 import sam
 import synth
-from plumbing.folder import read_json
+from plumbing.folder import read_json, whole
 from plumbing.settings import closest
 from vision import task
 
@@ -195,27 +195,40 @@ def move_without_compression(federation):
     return other.w - federation.w
 
 
-def walk(federation, steps=None):
-    """The clients of the coming round at the points they reach after some of their local steps.
-
-    steps: how many; None: all but the last, and never more. Yields what a method's `direction`
-    gets: (w [d], the next batch, what was received, the memory).
-    """
+def before_training(federation):
+    """A copy in the coming round, before the clients train: (copy, clients, received, lr)."""
     other = twin(federation)
     method, lr = other.method, other.method.lr * other.method.lr_decay**other.t
+    if method.prepare(other.t, other.w):
+        other.informed = set()
     clients, mean = other.choose(), {}
     received = other.send_down(clients)
     for work in method.exchanges[:-1]:
-        received = received | other.through_wire(mean, len(clients))
         mean = other.exchange(work, clients, received, lr)
-    received = received | other.through_wire(mean, len(clients))
+        received = received | other.through_wire(mean, len(clients))
+    return other, clients, received, lr
+
+
+def walk(federation, steps=None):
+    """The clients of the coming round at the points they reach after some of their local steps.
+
+    steps: how many; None: all but the last, and never more. Yields what a method's `point` gets:
+    (w [d], the next batch, what was received, the memory).
+    """
+    other, clients, received, lr = before_training(federation)
+    point, seen, n = other.method.point, [], 0
+
+    def noted(*arguments):
+        seen.append(arguments if len(seen) == n else None)
+        return point(*arguments)
+
+    other.method.point = noted
     for i in clients:
         batches, mine = other.plan("train", i), other.recall(i, received)
         n = len(batches) - 1 if steps is None else min(steps, len(batches) - 1)
-        w = method.start(received, mine)
-        for batch in batches[:n]:
-            w, mine = method.step(w, batch, received, mine, lr)
-        yield w, batches[n], received, mine
+        seen.clear()
+        other.method.train(received, mine, batches, lr)
+        yield from filter(None, seen)
 
 
 def alignment(federation, sample, moves=None, steps=None, mix=0.5):
@@ -271,9 +284,8 @@ def seconds_of_a_step(federation, times=3):
     """CPU time (on a GPU: time) of a client's local step, in a round that is thrown away: the
     least of `times`. CPU time changes less with what else the machine does."""
     clock = time.process_time if federation.w.device.type == "cpu" else time.perf_counter
-    other = twin(federation)
-    clients, lr, seen = other.choose(), other.method.lr, []
-    received = other.send_down(clients)
+    other, clients, received, lr = before_training(federation)
+    seen = []
     steps = sum(other.task.steps(i) for i in clients)
     for _ in range(times):
         began = clock()
@@ -281,7 +293,7 @@ def seconds_of_a_step(federation, times=3):
             sent, _ = other.method.train(
                 received, other.recall(i, received), other.plan("train", i), lr
             )
-            float(sent["update"][0])  # reading a number waits for the GPU
+            float(next(iter(sent.values()))[0])  # reading a number waits for the GPU
         seen.append((clock() - began) / steps)
     return min(seen)
 
@@ -411,7 +423,8 @@ class Watch:
         if (t + 1) % self.every == 0 and "alignment" in self.names:
             meant = move_without_compression(federation)
             kept = {"t": t, "w": federation.w, "meant": meant}
-            torch.save(kept, self.folder / "before.pt")
+            with whole(self.folder / "before.pt") as file:
+                torch.save(kept, file)
 
     def measured(self, federation):
         sample, row = sample_of(federation, federation.task.train, self.n), {}
@@ -429,7 +442,8 @@ class Watch:
         seen = torch.load(path) if path.exists() else {"t": self.mean_from, "w": federation.w}
         if seen["t"] == t - 1:  # a round that is made again is in it already
             w = seen["w"] + (federation.w - seen["w"]) / (t - self.mean_from)
-            torch.save({"t": t, "w": w}, path)
+            with whole(path) as file:
+                torch.save({"t": t, "w": w}, file)
 
     def judge_mean(self, federation):
         w, found = torch.load(self.folder / "mean.pt")["w"], {}

@@ -212,14 +212,11 @@ def settings_of(name, algo, column, changes=None):
     preset = PRESETS[name]
     epochs = {"finetune_epochs": 15} if (name, column) == ("dynafed-cifar10", "0.16") else {}
     shared = preset.settings | column_settings(column) | epochs
-    if "alpha" not in column_settings(column):
-        shared.pop("alpha", None)
     return study.fitting(shared, {"algo": algo} | preset.own.get(algo, {}) | (changes or {}))
 
 
 def conduct(name, algos, columns, seeds, root, changes=None, **machine):
-    """Run methods and columns of a preset's table: a list of rows for results/NAME/rows.json."""
-    rows = []
+    """Run methods and columns of a preset's table: yields rows for results/NAME/rows.json."""
     for algo in algos:
         for column in columns:
             settings = settings_of(name, algo, column, changes)
@@ -227,9 +224,12 @@ def conduct(name, algos, columns, seeds, root, changes=None, **machine):
             row["published"] = PRESETS[name].published.get(algo, {}).get(column)
             for seed in range(seeds):
                 job = settings | machine | {"seed": seed}
-                (run_of,) = study.shared([lambda: study.train(root, job)])
-                rows.append(row | {"seed": seed, "rounds": settings["rounds"]} | run_of[1])
-    return rows
+                about = row | {"seed": seed, "rounds": settings["rounds"]}
+                try:
+                    ((_, result, _),) = study.shared([lambda: study.train(root, job)])
+                    yield about | result
+                except FloatingPointError as error:
+                    yield about | {"diverged": str(error)}
 
 
 def text(rows):
@@ -238,7 +238,7 @@ def text(rows):
     cells = {}
     for row in rows:
         key = row["algo"], row["column"], row["published"], json.dumps(row["changed"])
-        cells.setdefault(key, []).append(100 * row["test_acc"])
+        cells.setdefault(key, []).append(100 * row.get("test_acc", np.nan))
     for (algo, column, printed, changed), seen in cells.items():
         printed = "-" if printed is None else f"{printed:.2f}"
         here, changed = verdicts.pm(np.array(seen), 2), changed.strip("{}").replace('"', "")
@@ -304,20 +304,25 @@ def read(argv):
 
 
 def main(argv=None):
-    """The command: exit code 0, 1 if a run diverged, or 2."""
+    """The command: exit code 0, 1 if a run diverged, 2, or 130 if interrupted."""
+    rows = []
     try:
         given = read(argv)
         if given.name is None:
             print("\n".join(f"{name:20} {preset.source}" for name, preset in PRESETS.items()))
             return 0
         job = given.name, given.algo, given.column, given.seeds, given.out, given.set
-        rows = conduct(*job)
-    except (ValueError, OSError, FloatingPointError) as error:
+        for row in conduct(*job):
+            rows.append(row)
+            keep(given.results / given.name / "rows.json", [row])
+    except (ValueError, OSError) as error:
         print(f"lab.presets: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    keep(given.results / given.name / "rows.json", rows)
+        return 2
+    except KeyboardInterrupt:
+        print("lab.presets: interrupted; the same command continues", file=sys.stderr)
+        return 130
     print(text(rows))
-    return 0
+    return int(any("diverged" in row for row in rows))
 
 
 if __name__ == "__main__":

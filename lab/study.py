@@ -23,7 +23,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -190,7 +189,7 @@ def jobs(claim):
     for k in range(claim.seeds):
         for task, common in claim.tasks().items():
             for arm, own in claim.arms(task).items():
-                if k < claim.seeds_of(arm) and re.match(claim.only, arm):
+                if k < claim.seeds_of(arm) and claim.only.match(arm):
                     seed = claim.first_seed + k
                     found.append((task, arm, fitting(common, own) | {"seed": seed}))
     return found
@@ -200,7 +199,7 @@ def conduct(claim, root, **machine):
     """Do what is not done yet of a claim: the rows of all its runs."""
     planned = jobs(claim)
     if not planned:
-        raise ValueError(f"no arm of {claim.name} has a label that matches {claim.only!r}")
+        raise ValueError(f"no arm of {claim.name} has a label that matches {claim.only.pattern!r}")
     return shared(
         functools.partial(row_of, claim, root, task, arm, settings | machine)
         for task, arm, settings in planned

@@ -72,7 +72,7 @@ def search(grid, score, legal=lambda name, value: True):
     """Coordinate search: (the chosen settings, all that was tried [(settings, score or None)]).
 
     grid: {setting: values}; score(settings): validation accuracy, None if the run diverged.
-    legal(name, value): whether a grid may grow there. Raises ValueError if all runs diverged.
+    legal(name, value): whether a grid may grow there. FloatingPointError if all runs diverged.
     """
     chosen = {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
     tried = []
@@ -89,7 +89,7 @@ def search(grid, score, legal=lambda name, value: True):
         while True:
             scores = [score_of(chosen | {name: value}) for value in values]
             if all(x is None for x in scores):
-                raise ValueError(f"all values of {name} that were tried diverged: {values}")
+                raise FloatingPointError(f"all values of {name} that were tried diverged: {values}")
             best = max(range(len(values)), key=lambda k: rank(scores[k], values[k], chosen[name]))
             grown = one_more(values, best)
             if len(values) == LONGEST or grown is None or not legal(name, grown):
@@ -218,7 +218,7 @@ def text(path):
 
 
 def main(argv=None):
-    """The command: exit code 0, 2, or 130 if interrupted."""
+    """The command: exit code 0, 1 if all runs of a search diverged, 2, or 130 if interrupted."""
     p = run.Parser(prog="python -m lab.tune", description=__doc__.split("\n")[0])
     p.add_argument("algo")
     p.add_argument("--size", choices=study.SIZES, default="cpu")
@@ -235,9 +235,9 @@ def main(argv=None):
         }
         places = given.out, given.results / "tuned.json"
         found = tune(searches, size, *places, command, threads=given.threads)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"lab.tune: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("lab.tune: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -39,7 +39,7 @@ class FedAdam(FedAvg):
         update = mean["update"]
         m = self.adam_b1 * self.state["m"] + (1 - self.adam_b1) * update
         v = self.adam_b2 * self.state["v"] + (1 - self.adam_b2) * update.square()
-        super().aggregate(w, mean, lr_sum, share)  # a second parent keeps its state
+        super().aggregate(w, mean, lr_sum, share)  # for the state of a second parent
         self.state = self.state | {"m": m, "v": v}
         return w + self.adam_lr * m / (v.sqrt() + self.adam_eps)
 
@@ -49,8 +49,9 @@ class FedAvg_Adam(FedAvg):
 
         w <- w - eta m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + 1e-8)        b1 = 0.9, b2 = 0.999
 
-    One gradient a step. The model jumps at every round, the moments do not. eta is local_adam_lr,
-    times lr_decay after every round. Adam's gradient is G, clipped, plus weight_decay w.
+    One gradient a step. A round replaces the client's model, but not its moments. eta is
+    local_adam_lr, times lr_decay after every round. Adam's gradient is the clipped G, plus
+    weight_decay w.
     Source: the released code of DynaFed, where every client keeps its own torch.optim.Adam.
     """
 

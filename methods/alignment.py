@@ -94,7 +94,7 @@ class FedGA_Previous(FedGA):
 
         g_i = -update / lr_sum        g = -mean update / lr_sum
 
-    One gradient a step. g_i is as old as the client's last round, and in its first one it is g, so
+    One gradient a step. g_i is that of the client's last round; in its first round g_i = g, so
     v_i = 0. The v_i sum to 0 only if all clients take part with the same K; what is left of their
     sum is not sent. Source: this project's choice; the paper's code computes fresh gradients.
     """

@@ -65,11 +65,11 @@ class FedLESAM_D(FedLESAM, FedDyn):
 
 
 class FedSynSAM_S(FedSynSAM, SCAFFOLD):
-    """FedSynSAM with SCAFFOLD. Two gradients a step, three if mix < 1."""
+    """FedSynSAM with SCAFFOLD. Two gradients a step, three if 0 < mix < 1."""
 
 
 class FedSynSAM_D(FedSynSAM, FedDyn):
-    """FedSynSAM with FedDyn. Two gradients a step, three if mix < 1."""
+    """FedSynSAM with FedDyn. Two gradients a step, three if 0 < mix < 1."""
 
 
 class FedSMOO(FedSpeed):

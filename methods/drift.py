@@ -11,7 +11,7 @@ decoded, and so does the client (`remember`): h stays the mean of the h_i with e
 Combined with SAM they are in methods/combinations.py.
 
 "FL-Simulator" is the released code of FedSpeed and FedSMOO, which holds most of the methods here.
-That G is clipped, with all that was added to it, before weight decay is added, is its rule.
+As there, G is clipped with all that was added to it, and weight decay is added afterwards.
 
 Sources: FedProx, Li et al. 2020. FedDyn, Acar et al. 2021. FedCM, Xu et al. 2021.
 """
@@ -75,7 +75,7 @@ class FedDyn(FedProx):
 
 
 class FedCM(FedAvg):
-    """FedAvg, but G = alpha g + (1 - alpha) momentum, the mean direction of the last round.
+    """FedAvg, but G = alpha g + (1 - alpha) momentum; momentum is the mean G of the last round.
 
         momentum <- -mean update / lr_sum
 

@@ -12,8 +12,9 @@ learnt by S steps of Adam, with gradients through all M steps (synth.py). Made s
     "update"    ||theta_M - w_K||^2 / ||w_K - w^t||^2, after K local steps
 
 A message has a size that does not depend on d, so `compress` is not used. Nothing keeps the learnt
-images from looking like the client's own. A message is never worse than none: if w^t itself does
-better, a = 0 is sent. So ||x_hat - x|| <= ||x|| with "update", and error feedback may be used.
+images from looking like the client's own. A message is not worse than none: if w^t itself does
+better, a = 0 is sent; "data" asks this on one batch only. So ||x_hat - x|| <= ||x|| with "update",
+and error feedback may be used.
 
 Sources: "data", Hu et al. 2022 (FedSynth, arXiv 2204.01273), of which the abstract was at hand.
 "update", Goetz and Tewari 2020. Start, image formats and the last rule are this project's choices.

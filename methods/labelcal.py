@@ -7,9 +7,9 @@ y be the label of the image, and p = softmax(scores), taken as a constant:
 
     target_j = 1[j = y] + p_j (n_y - n_j) / n_y         loss = -sum_j target_j log softmax(scores)_j
 
-Its derivative with respect to score j is p_j S - target_j, with S = sum_j target_j. So a class as
-frequent as y is treated as in cross-entropy. For an absent class the derivative is p_j (S - 1) in
-place of p_j, and for a more frequent one it is larger. The targets need not sum to 1.
+Its derivative with respect to score j is p_j S - target_j, with S = sum_j target_j. A class as
+frequent as y keeps the target 0 of cross-entropy. For an absent class the derivative is p_j (S - 1)
+in place of p_j S, and for a more frequent one it is larger. The targets need not sum to 1.
 
 Source: Xiao, Zuo and Wang 2024 (error asymmetry mitigation), released code. They call the method
 FedGA; the FedGA of methods/alignment.py is another one.

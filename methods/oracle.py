@@ -1,12 +1,12 @@
 """An oracle: what could be gained by knowing the ascent direction of the global loss?
 
 FedSAM, FedLESAM and FedSynSAM differ in how they estimate that direction. Here the clients know it,
-because they look at images of everybody. Of what FedAvg lacks to this oracle, another method gains
+because they look at images of everybody. Another method closes this share of FedAvg's gap to it:
 
     share = (accuracy - FedAvg's) / (oracle's - FedAvg's)
 
-It bounds what a better direction can give, not what other changes can: rho and the gradient of the
-step are those of FedSAM. If FedAvg lacks nothing, no estimate of the direction can help.
+It shows what a better estimate of the direction can give, not what other changes can: rho and the
+gradient of the step are those of FedSAM. If there is no gap, a better estimate does not help.
 """
 
 from typing import Annotated

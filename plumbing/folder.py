@@ -266,7 +266,12 @@ def stored_settings(folder, **given):
     settings = read_json(Path(folder) / "config.json", sealed=True).get("settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder}/config.json has no settings")
-    refuse_code(folder, settings, given.values())
+    return continued(folder, settings, given)
+
+
+def continued(folder, settings, given, algos=()):
+    """Settings from a folder, with those of the machine that are given; algos: words given, too."""
+    refuse_code(folder, settings, [*algos, *given.values()])
     for name, value in given.items():
         if not changes_seconds(name) and value != settings.get(name):
             raise ValueError(f"{name} = {settings.get(name)} comes from the folder, and stays")
@@ -277,19 +282,20 @@ def refuse_code(folder, settings, given):
     """ValueError if settings from a folder name code that is not among the words given."""
     for kind in PLACES:
         label = settings.get(kind)
-        if ":" in str(label) and label not in given:
+        words = str(label).split("+")
+        if any(":" in word or word.endswith(".py") for word in words) and label not in given:
             raise ValueError(
                 f"{folder} uses {label}; to run this code, give {kind} = {label} again"
             )
 
 
-def stored_runs(folder, given):
-    """The runs of the comparison in a folder {name: settings}; given: words of the command."""
+def stored_runs(folder, algos, given):
+    """The runs of the comparison in a folder {name: settings}, as in `stored_settings`."""
     runs = read_json(folder / "comparison.json", sealed=True)
     for label, settings in runs.items():
         if not isinstance(settings, dict) or not is_plain(label):
             raise ValueError(f"{folder}/comparison.json: {label!r} is no run")
-        refuse_code(folder, settings, given)
+        runs[label] = continued(folder, settings, given, algos)
     return runs
 
 

@@ -73,7 +73,8 @@ def check(name, value, setting):
         low = -1e30 if lowest is None else lowest
         high = {int: 2**31, float: 1e30}[kind] if highest is None else highest
         if not low <= value <= high:  # written so, it refuses nan too
-            legal = f"in {low:g}..{high:g}" if highest is not None else f"at least {low:g}"
+            bounded = highest is not None or value > high
+            legal = f"in {low:g}..{high:g}" if bounded else f"at least {low:g}"
             raise ValueError(f"{name} = {value} is out of range; it must be {legal}")
     return value
 

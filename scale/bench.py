@@ -193,9 +193,17 @@ def report(name, found):
     print(f"  models apart, at most: {max(found['apart'].values()):.1e}", flush=True)
 
 
+def place(args, name):
+    """Where the numbers go: results/NAME, but never those of --small unless --out is given."""
+    return args.out or (None if args.small else RESULTS / name)
+
+
 def write(path, found):
+    text = json.dumps({"machine": machine()} | found, indent=1)
+    if path is None:
+        return print(text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine()} | found, indent=1) + "\n")
+    path.write_text(text + "\n")
     print(f"\nwritten: {path}")
 
 
@@ -206,13 +214,13 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=15, help="timed rounds of each competitor")
     p.add_argument("--threads", type=int, default=cores(), help="cores to use")
     p.add_argument("--small", action="store_true", help="a small network, two rounds")
-    p.add_argument("--out", type=Path, default=RESULTS / "bench.json")
+    p.add_argument("--out", type=Path, help="(default results/bench.json)")
     args = p.parse_args(argv)
     found = {"command": "python -m scale.bench", "rounds": 2 if args.small else args.rounds}
     for name, (M, settings) in WORKLOADS.items():
         found[name] = measured(M, settings, args.small, found["rounds"], args.threads)
         report(name, found[name])
-    write(args.out, found)
+    write(place(args, "bench.json"), found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ missing. Such a client is left out, as if it had not been chosen:
 
     w^{t+1} = w^t + server_lr * (mean of the decoded updates of the others, by their weights)
 
-and its memory stays what it was before the round. So what the server and the clients both sum up
+and its memory stays what it was before it worked. So what the server and the clients both sum up
 (SCAFFOLD's c and c_i) still agrees. If nobody is left, the model stays.
 
 A message that is well formed, finite and false is not seen here; that takes a robust mean.

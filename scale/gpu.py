@@ -30,7 +30,7 @@ import torch
 
 from compress import Identity
 from fl import FedAvg, Federation, FedSAM
-from scale.bench import RESULTS, noise_task, workload_task, write
+from scale.bench import noise_task, place, workload_task, write
 from scale.visits import Vmap
 
 GENTLE = {"lr": 0.05, "clip": 0}
@@ -83,7 +83,7 @@ def main(argv=None):
     p.add_argument("--small", action="store_true", help="small networks, one round")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--rounds", type=int, default=5, help="timed rounds of each row")
-    p.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    p.add_argument("--out", type=Path, help="(default results/gpu.json)")
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("torch sees no GPU here; --small --device cpu shows whether the program works")
@@ -94,7 +94,7 @@ def main(argv=None):
     found = {"command": "python -m scale.gpu"}
     for name, (M, learnt) in workloads(args.small, args.device).items():
         found[name] = measured(name, M, learnt, chunks, n)
-    write(args.out, found)
+    write(place(args, "gpu.json"), found)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 
 from compress import QSGD
 from fl import SCAFFOLD, FedAvg, Federation
-from scale.bench import RESULTS, noise_task, write
+from scale.bench import noise_task, place, write
 
 METHODS = {"fedavg": FedAvg, "scaffold": SCAFFOLD}
 
@@ -100,13 +100,16 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--small", action="store_true", help="one point of each series")
-    p.add_argument("--out", type=Path, default=RESULTS / "growth.json")
+    p.add_argument("--out", type=Path, help="(default results/growth.json)")
     p.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.point:
         print(json.dumps(point(**args.point)))
         return
-    write(args.out, {"command": "python -m scale.growth", "points": series(args.small)})
+    write(
+        place(args, "growth.json"),
+        {"command": "python -m scale.growth", "points": series(args.small)},
+    )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from lab import (
 )
 from lab.claim import Claim
 from lab.verdicts import Rule, Value
+from methods.alignment import FedGA
 from plumbing.settings import HERE
 from tests.toys import Linear, Quadratics, f64, normal
 from vision import data, models
@@ -350,9 +351,22 @@ def test_alignment_of_the_direction_that_a_method_really_uses():
     assert alone["used"] == pytest.approx(alone["synthetic"])
     debiased = found(directions.Debiased, **small)  # overrides the point, not the direction
     assert debiased["used"] not in (pytest.approx(debiased["synthetic"]), None)
+    whole = found(directions.WholeClient)  # has a `train` of its own, which gathers the images
+    assert whole["used"] not in (pytest.approx(whole["own"]), None)
     rows = [{"log": [{"alignment": own}, {"alignment": own}]}, {"log": [{"alignment": mixed}]}]
     assert study.cosine(rows[0], "used") == pytest.approx(own["own"])
     assert study.cosine(rows[1], "used") == pytest.approx(mixed["mixed"])
+
+
+def test_the_walk_is_that_of_the_coming_round():
+    fed = federation(directions.AnotherClient, rounds=2)
+    foreign = [received["foreign"] for _, _, received, _ in measures.walk(fed)]
+    other = measures.twin(fed)
+    other.round()
+    assert all(torch.equal(x, other.method.state["foreign"]) for x in foreign)
+    assert not torch.equal(foreign[0], fed.method.state["foreign"])
+    for M in (FedGA, fl.SCAFFOLD):  # FedGA: an exchange comes first
+        assert measures.seconds_of_a_step(federation(M, rounds=1), times=1) > 0
 
 
 @pytest.mark.parametrize("method", (fl.FedAvg, fl.SCAFFOLD, fl.FedLESAM))
@@ -563,7 +577,7 @@ def test_every_arm_of_every_size_is_legal_and_of_its_own(name, size):
         assert len({json.dumps(settings, sort_keys=True) for settings in resolved}) == len(arms)
         watch = claim.watch(task)
         assert watch is None or all(s["rounds"] % watch["every"] == 0 for s in resolved)
-        assert any(a.startswith(claim.baseline(a)) for a in arms)
+        assert all(any(b.startswith(claim.baseline(a)) for b in arms) for a in arms)
     assert set(claim.measures(0)) <= set(measures.MEASURES)
     assert {*claim.columns, *claim.panels} <= set(verdicts.MEASURES)
     assert claim.says and claim.refuted and claim.source
@@ -760,6 +774,11 @@ def test_a_claim_is_not_run_where_something_is_missing_or_would_be_lost(
     assert "judged" in refused("oracle", "--only", "fedavg")
     assert "quick and cpu" in refused("whose", "--size", "gpu")
     assert "must not be negative" in refused("oracle", "--seeds", "-1")
+    assert "no regular expression" in refused("skew", "--only", "(")
+    assert "nothing to compare" in refused("skew", "--size", "quick", "--only", "IID, fedavg")
+    assert "nothing to compare" in refused("remedy", "--only", ".*fedsynsam$")
+    assert "quick and cpu" in refused("skew", "--tune", "--size", "gpu")
+    assert "a search has seeds of its own" in refused("skew", "--tune", "--seeds", "2")
     rows = [{"task": "", "arm": "fedavg", "seed": seed} for seed in range(3)]
     study.store(tmp_path / "oracle.json", "cpu", {"rows": rows})
     assert "holds 1 rows" in refused("oracle", "--seeds", "2")
@@ -856,7 +875,7 @@ def test_tuning_searches_one_setting_after_the_other():
     assert chosen == {"lr": 0.1, "rho": 0.2}
     assert seen == [(0.05, 0.2), (0.1, 0.2), (0.2, 0.2), (0.4, 0.2), (0.1, 0.1), (0.1, 0.4)]
     assert [tuple(s.values()) for s, _ in tried] == seen and tried[3][1] is None
-    with pytest.raises(ValueError, match="all values of lr that were tried diverged"):
+    with pytest.raises(FloatingPointError, match="all values of lr that were tried diverged"):
         tune.search(grid, lambda s: None)
 
 
@@ -982,6 +1001,21 @@ def test_a_preset_from_its_command_to_its_row(tmp_path, capsys):
     assert presets.main(words) == 0
     again = json.loads((tmp_path / "fedwmsam-fmnist" / "rows.json").read_text())
     assert again == rows and rows[1]["published"] == 83.37
+
+
+def test_a_preset_keeps_what_is_done_when_a_run_diverges(tmp_path, monkeypatch, capsys):
+    def train(root, settings):
+        if settings["algo"] == "fedsmoo":
+            raise FloatingPointError("round 3: not finite")
+        return root, {"test_acc": 0.5}, []
+
+    monkeypatch.setattr(study, "train", train)
+    words = ["fedwmsam-fmnist", "--algo", "fedsmoo", "feddyn", "--column", "0.1", "--seeds", "2"]
+    assert presets.main([*words, "--results", str(tmp_path)]) == 1
+    assert re.search(r"\| fedsmoo \| 0.1 \| 83.37 \| - \|", capsys.readouterr().out)
+    rows = json.loads((tmp_path / "fedwmsam-fmnist" / "rows.json").read_text())
+    assert [row.get("test_acc") for row in rows] == [None, None, 0.5, 0.5]
+    assert rows[0]["diverged"] == "round 3: not finite"
 
 
 @pytest.mark.parametrize(

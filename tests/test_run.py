@@ -321,11 +321,14 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     rows += [{"algo": "fedsynsam", "settings": "abc", "test_acc": 0.1}]
     rows = [row | {"task": ""} for row in rows]
     rows += [{"algo": "fedavg", "settings": "y", "test_acc": 0.9, "task": "another"}]
+    rows += [{"task": "", "arm": "fedavg", "diverged": "round 3"}]
     path = tmp_path / "default.json"
     path.write_text(json.dumps({"cpu": {"rows": rows}}))
     assert run.stored_beside(result, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
     assert run.stored_beside(result | {"settings": "other"}, path) == {}
     assert run.stored_beside(result, tmp_path / "none") == {}
+    path.write_text(json.dumps({"quick": {"rows": rows}}))
+    assert run.stored_beside(result, path) == {}
     assert "stored" not in run.card(result, tmp_path)
 
 
@@ -333,6 +336,8 @@ def test_run_quick_leaves_given_settings_alone():
     settings = run.resolve(rounds=5, warmup=4)
     assert run.quick(settings)["rounds"] == 3
     assert run.quick(settings, {"rounds": 5, "algo": "fedsynsam"})["rounds"] == 5
+    small = run.quick(run.resolve(window=3), {"window": 3})
+    assert small["window"] == small["warmup"] == 3
 
 
 def test_run_two_methods_are_combined_by_a_plus(run_tiny):
@@ -585,15 +590,29 @@ def test_run_a_folder_never_brings_its_own_code(tmp_path, run_tiny, capsys):
     assert run.load(folder, algo=f"{mine}:Mine")[0].t == 2
 
 
-def test_run_a_comparison_never_brings_its_own_code(tmp_path, run_tiny, capsys):
-    evil, folder = tmp_path / "evil.py", tmp_path / "b"
+@pytest.mark.parametrize("label", ["{}:M", "{}", "fedavg+{}", "{}:M+fedavg", "fedavg:{}"])
+@pytest.mark.parametrize("kind", ["algo", "compress", "model", "partition"])
+def test_run_no_folder_brings_its_own_code(label, kind, tmp_path, run_tiny, capsys):
+    evil = tmp_path / "evil.py"
     evil.write_text(f"open({str(tmp_path / 'touched')!r}, 'w')")
-    folder.mkdir()
-    runs = {"x-s0": run_tiny() | {"algo": f"{evil}:M"}}
-    run.write_json(folder / "comparison.json", runs)
-    code, _, err = run_main(capsys, "--resume", folder)
-    assert code == 2 and "to run this code" in err
+    settings = run_tiny() | {kind: label.format(evil)}
+    for name, content in (("config", {"settings": settings}), ("comparison", {"x-s0": settings})):
+        (tmp_path / name).mkdir()
+        run.write_json(tmp_path / name / f"{name}.json", content)
+        code, _, err = run_main(capsys, "--resume", tmp_path / name)
+        assert code == 2 and "to run this code" in err
     assert not (tmp_path / "touched").exists()
+
+
+def test_run_resume_changes_the_machine_and_nothing_else(tmp_path, run_tiny, capsys):
+    settings = run.resolve(**run_tiny(rounds=2))
+    run.write_json(tmp_path / "comparison.json", {"x-s0": settings, "x-s1": settings | {"seed": 1}})
+    folder, runs, several = run.job_of({"resume": tmp_path, "threads": 1})
+    assert several and folder == tmp_path and [s["seed"] for s in runs.values()] == [0, 1]
+    assert all(s == settings | {"threads": 1, "seed": s["seed"]} for s in runs.values())
+    for words in ("--rounds 200", "--rho 0.2", "--seeds 5", "--quick", "--name x", "--out y"):
+        code, _, err = run_main(capsys, "--resume", tmp_path, *words.split())
+        assert code == 2 and words.split()[0][2:] in err and "continue" in err or "stays" in err
 
 
 def test_run_a_folder_belongs_to_one_process(tmp_path, run_tiny):
@@ -731,6 +750,8 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--clients 5000 --participation 1 --classes-per-client 2", "without images"),
         ("--partition shards --classes-per-client 11", "classes_per_client = 11"),
         ("--window 99", "window = 99"),
+        ("--lr 3e36", "1e+30"),
+        ("--algo fedavg fedavg", "two runs would be called fedavg-s0"),
         ("--warmup 9 --rounds 9", "below the number of rounds"),
         ("--algo swa --rounds 20", "swa_start = 30 must be below the number of rounds, 20"),
         ("--compress topk --k 0", "k = 0"),
@@ -768,7 +789,8 @@ def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, c
     np.savez(tmp_path / "pickled.npz", **good)
     places |= {name: tmp_path / f"{name}.npz" for name in ("text", "pickled")}
     before = sorted(tmp_path.rglob("*"))
-    out_folder = [] if "--out" in words else ["--out", tmp_path / "runs"]
+    new = "--out" not in words and "--resume" not in words
+    out_folder = ["--out", tmp_path / "runs"] if new else []
     code, out, err = run_main(capsys, *words.format(**places).split(), *out_folder)
     assert code == 2 and out == "" and hint in err, err
     assert err.startswith("run.py: ") and err.count("\n") == 1

@@ -541,10 +541,17 @@ def test_the_bare_loop_of_the_benchmark_does_the_same_work():
         assert all(x["median"] > 0 for x in found["ratios"].values())
 
 
-def test_growth_and_gpu_measure_something(tmp_path, capsys):
+def test_growth_and_gpu_measure_something(tmp_path, monkeypatch, capsys):
     tiny = {"network": "mlp", "shape": (1, 8, 8), "hidden": 2}
     found = growth.point("scaffold", N=20, n=20, m=2, rounds=2, **tiny)
     assert found["d"] == 160 and found["round"] > 0 and found["memory"] >= 0
     gpu.main(["--small", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
+    stored = {file: file.read_bytes() for file in bench.RESULTS.glob("*.json")}
+    for main in (bench.main, growth.main):
+        monkeypatch.setattr(bench, "WORKLOADS", {})
+        monkeypatch.setattr(growth, "series", lambda small: {"small": small})
+        main(["--small"])
+        assert '"machine"' in capsys.readouterr().out
+    assert stored == {file: file.read_bytes() for file in bench.RESULTS.glob("*.json")}
     rows = json.loads((tmp_path / "gpu.json").read_text())["resnet18"]
     assert rows[0]["apart"] == 0 and 0 < rows[1]["apart"] < 1e-3

@@ -1,7 +1,7 @@
 """Images: loading them, keeping them on the device, and drawing the batches of a client.
 
 The images stay on the device as bytes and are normalised batch by batch. So all of CIFAR-10 takes
-150 MB, and a client takes nothing: it is a list of image numbers (split.py).
+184 MB, and a client takes nothing: it is a list of image numbers (split.py).
 
 A batch is a tensor [B, 4] of integers: image number, shift down, shift right, flip. Number -1 is
 padding, with weight 0. All randomness is in these numbers, which `draw_batches` draws before the
