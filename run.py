@@ -130,7 +130,7 @@ def resolve(**given):
 
 
 def quick(settings, given=()):
-    """The same job at a tenth of the size, but for settings that were given."""
+    """The same job with a tenth of the rounds, but for settings that were given."""
     least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
     least |= {"swa_start": 0}
     small = {"last": 1} | {
@@ -364,7 +364,8 @@ def card(result, folder):
     """The result of a run as text."""
     shown = {n: f"{f * result[key]:.{digits}f}" for n, (key, f, digits) in SHOWN.items()}
     rounds = result["averaged"]
-    shown["test accuracy %"] += f"   (mean of {len(rounds)} rounds, {rounds[0]} to {rounds[-1]})"
+    averaged = f"mean of {len(rounds)} evaluations, rounds {rounds[0]} to {rounds[-1]}"
+    shown["test accuracy %"] += f"   ({averaged})"
     shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
     if result["matching_loss"] is not None:
         shown["matching loss"] = f"{result['matching_loss']:.3f}   (1: nothing learnt, 0: all)"
@@ -467,7 +468,7 @@ def parser(given):
     p.add_argument("--out", type=Path, metavar="DIR", help="where folders are made (default runs)")
     p.add_argument("--resume", type=Path, metavar="DIR", help="continue this run or comparison")
     p.add_argument("--list", action="store_true", help="print all parts")
-    p.add_argument("--quick", action="store_true", help="the same job at a tenth of the size")
+    p.add_argument("--quick", action="store_true", help="the same job with a tenth of the rounds")
     done = {"algo"}
     for algo in given.get("algo", [Run.algo]):
         for part in owners(given | {"algo": algo}):

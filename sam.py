@@ -76,7 +76,7 @@ def hessian(losses, w, memory=2**30, each=map):
     """The Hessian of a sum of losses at w [d], as a function v [d] -> H v [d].
 
     losses: functions of w, one for each chunk of images. The graph of a gradient does not depend on
-    v. Those of as many chunks as fit into `memory` bytes are kept, which halves the time of a
+    v. It is kept for as many chunks as fit into `memory` bytes, which halves the time of a
     product. each: `map`, or that of a thread pool.
     """
     keep = memory // graph_bytes(losses[0], w)
@@ -107,8 +107,8 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
 
     Lanczos iteration: q_0, q_1, ... is an orthonormal basis of span{v, H v, H^2 v, ...}, and in
     this basis H is a tridiagonal matrix T. The largest eigenvalue of T tends to that of H. It stops
-    when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs to it. A weaker
-    rule, which looks at the value alone, may stop before the largest one has come up.
+    when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs to it. A rule
+    that looks at the value alone may stop at a smaller eigenvalue.
     like [d] gives type and device of v.
 
     "Largest" respects the sign: -3 is smaller than 1. PyHessian's power iteration reports the
