@@ -57,7 +57,8 @@ class Claim:
             raise ValueError(f"{self.name} has the sizes {' and '.join(self.sizes)}")
         if self.only.pattern and not self.divisible:
             raise ValueError(
-                f"{self.name} is judged as a whole; --only is for remedy, skew, whose, overfit"
+                f"{self.name} is judged as a whole; --only is for remedy, skew, whose, "
+                "corrected, overfit"
             )
         coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
         arms = list(dict.fromkeys(arm for arm, _ in coming))

@@ -5,10 +5,10 @@
 
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
 some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
-arms whose labels begin so, for remedy, skew, whose and overfit. The command may be stopped and
-given again, and given twice at once to share the runs (study.py). It writes results/NAME.json and
-NAME.png and prints the table, all comparisons, and the verdict (verdicts.py); `python -m
-lab.report` writes results/README.md.
+arms whose labels begin so, for remedy, skew, whose, corrected and overfit. The command may be
+stopped and given again, and given twice at once to share the runs (study.py). It writes
+results/NAME.json and NAME.png and prints the table, all comparisons, and the verdict (verdicts.py);
+`python -m lab.report` writes results/README.md.
 
     default      the table of the README
     sharpness    compression makes the global landscape sharper, more so when clients differ
@@ -23,6 +23,7 @@ lab.report` writes results/README.md.
     oracle       how much is there to gain from the true global direction?
     skew         what each ascent direction gains over FedAvg, as the clients differ more
     whose        whose gradient, or which batch? Trial directions at one class per client
+    corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
@@ -39,7 +40,7 @@ from plumbing.settings import HERE
 
 KINDS = (ours.Default, papers.Sharpness, ours.Compressed, ours.Remedy, papers.Alignment)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
-KINDS += (ours.Oracle, ours.Skew, ours.Whose, ours.Overfit)
+KINDS += (ours.Oracle, ours.Skew, ours.Whose, ours.Corrected, ours.Overfit)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 
