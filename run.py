@@ -142,8 +142,8 @@ def quick(settings, given=()):
     if "swa_start" in settings:
         small["swa_start"] = min(small["swa_start"], rounds - 1)
     if "warmup" in settings:
-        least = settings["window"] if "window" in given else 1
-        small["warmup"] = min(max(small["warmup"], least), max(1, rounds - 1))
+        shortest = settings["window"] if "window" in given else 1
+        small["warmup"] = min(max(small["warmup"], shortest), max(1, rounds - 1))
         small["window"] = min(settings["window"], small["warmup"])
         small["resynthesize"] = math.ceil(settings["resynthesize"] / 10)
     return resolve(**settings | {n: value for n, value in small.items() if n not in given})
