@@ -65,7 +65,7 @@ class RandK:
     scaled: x_hat = (d/k) x at the chosen places, which is unbiased with omega = d/k - 1.
     Not scaled ("random masking"): x_hat = x there, and E||x_hat - x||^2 = (1 - k/d) ||x||^2.
 
-    Fields: the seed, an integer of 8 bytes (of which the low 62 bits count); the chosen x_j, not
+    Fields: the seed, an integer of 8 bytes (of which the low 32 bits count); the chosen x_j, not
     yet multiplied by d/k, as k floats in the order of their places.
     The places are the first k of torch.randperm(d) under a CPU generator with that seed, in that
     order. In other words: start with r = 0..d-1. For i = 0, 1, ..., d-2 exchange r_i and r_z, where
@@ -190,8 +190,8 @@ def with_feedback(compressor, x, e, generator=None):
     x [d] is the update and already contains the learning rate; e [d] is the residual that this
     client kept, 0 at first -> (buffer, new e [d]). The sum of everything sent plus the current e is
     the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk): with
-    omega > 1 the residual grows without bound. A compressor that can say so has the attribute
-    `contractive`, and fl.Federation refuses one that is not.
+    omega > 1 the residual grows without bound. fl.Federation refuses a compressor whose attribute
+    `contractive` is False; one without it, such as QSGD, is the user's responsibility.
     Source: Karimireddy et al. 2019 (EF-SGD).
     """
     raise NotImplementedError
@@ -215,8 +215,8 @@ def perturb(w, direction, rho):
 class FedLESAM(FedSAM):
     """FedSAM, but u = w_old - w^t, where w_old is the global model of this client's last round.
 
-    Training decreases F on the way from w_old to w^t, so back increases it. u is the same in all K
-    steps and costs no gradient. In a client's first round u = 0: no ascent.
+    Training should have lowered F on the way from w_old to w^t, so the way back raises it. u is the
+    same in all K steps and costs no gradient. In a client's first round u = 0: no ascent.
     """
 
     def first_memory(self, received):
@@ -267,8 +267,8 @@ class FedSynSAM(Distilling, FedSAM):
 
         u = (1 - mix) g_i / ||g_i||  +  mix g_syn / ||g_syn||
 
-    Two gradients a step; three if mix < 1. Until the synthesis it is FedAvg or FedSAM. Of the paper
-    only the abstract was at hand, which leaves the blend and the start open: both are this
+    Two gradients a step; three if 0 < mix < 1. Until the synthesis it is FedAvg or FedSAM. Of the
+    paper only the abstract was at hand, which leaves the blend and the start open: both are this
     project's choices.
     """
 
@@ -370,8 +370,8 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
 
     Lanczos iteration: q_0, q_1, ... is an orthonormal basis of span{v, H v, H^2 v, ...}, and in
     this basis H is a tridiagonal matrix T. The largest eigenvalue of T tends to that of H. It stops
-    when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs to it. A weaker
-    rule, which looks at the value alone, may stop before the largest one has come up.
+    when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs to it. A rule
+    that looks at the value alone may stop at a smaller eigenvalue.
     like [d] gives type and device of v.
 
     "Largest" respects the sign: -3 is smaller than 1. PyHessian's power iteration reports the
