@@ -152,8 +152,10 @@ class Skew(Claim):
 
     def winner(self, split, name):
         """The tuned settings of an arm, or None."""
-        place = self.size, self.tuned.get(split, split), name
-        return tune.winner(self.results / "tuned.json", *place)
+        split = self.tuned.get(split, split)
+        if split not in self.tuned_on:  # tuned for another claim, perhaps
+            return None
+        return tune.winner(self.results / "tuned.json", self.size, split, name)
 
     def settings(self, split, name):
         """All settings of an arm but the tuned ones."""

@@ -748,6 +748,18 @@ def test_better_and_worse_estimates_have_the_settings_that_were_tuned(tmp_path):
     assert claim.check() is None
 
 
+@pytest.mark.parametrize("kind", [ours.Corrected, ours.Overfit])
+def test_no_claim_takes_settings_that_were_tuned_for_another(kind, tmp_path):
+    claim = kind("cpu", tmp_path)
+    for arm in claim.arms(""):
+        split, name = arm.split(", ")
+        found = {"size": "cpu", "world": split, "method": name, "settings": {"lr": 0.7}}
+        tune.enter(tmp_path / "tuned.json", found)
+    (task,) = claim.tasks().values()
+    rates = [study.fitting(task, own)["lr"] for own in claim.arms("").values()]
+    assert set(rates) == {0.1}
+
+
 def test_a_part_of_a_claim(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(study, "row_of", lambda claim, root, task, arm, s: seen.append(s["seed"]))
