@@ -178,15 +178,13 @@ DIFFERENCES = [  # in the README's order: claim, task, arms, measure
     ("default", "", "fedsynsam - fedsam", "accuracy"),
     ("default", "", "fedsynsam - fedavg", "accuracy"),
     ("default", "", "dynafed - fedavg", "accuracy"),
+    ("corrected", "", "one class, no ascent - one class, fedavg", "accuracy"),
     ("remedy", "", f"{TUNED}fedsynsam - {TUNED}fedavg", "accuracy"),
     ("remedy", "", f"{TUNED}fedsynsam - {TUNED}fedavg", "eigenvalue"),
     ("remedy", "", f"{TUNED}fedsynsam - {TUNED}fedsam", "accuracy"),
     ("remedy", "", "1 bit, feedback, fedsynsam - 1 bit, feedback, fedavg", "accuracy"),
     ("default", "10 local steps", "Descending - fedsynsam", "accuracy"),
     ("accuracy", "", "fedgamma - fedsynsam", "accuracy"),
-    ("accuracy", "", "fedsynsam - fedavg", "eigenvalue"),
-    ("accuracy", "", "fedsynsam - fedavg", "test_loss"),
-    ("oracle", "", "oracle - fedavg", "accuracy"),
 ]
 
 
@@ -195,7 +193,7 @@ def test_differences_in_the_text_are_those_of_the_stored_rows():
     from lab import claims, report, verdicts
 
     number = r"([-+]?[\d.]+)"
-    found = re.findall(rf"{number} \[{number}, {number}\]", README)
+    found = re.findall(rf"{number}\s\[{number}, {number}\]", README)
     assert len(found) == len(DIFFERENCES)
     stored = claims.stored_claims(HERE / "results")
     for said, (name, task, arms, measure) in zip(found, DIFFERENCES):
