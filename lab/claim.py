@@ -45,6 +45,8 @@ class Claim:
 
     def __init__(self, size="cpu", results=HERE / "results", seeds=0, only=""):
         self.size, self.results, self.name = size, results, type(self).__name__.lower()
+        if size not in self.sizes:
+            raise ValueError(f"{self.name} has the sizes {' and '.join(self.sizes)}")
         self.command = f"python -m lab.claims {self.name} --size {size}"
         self.command += f" --seeds {seeds}" if seeds else ""
         self.command += f' --only "{only}"' if only else ""
@@ -53,8 +55,6 @@ class Claim:
 
     def check(self):
         """Before the runs: ValueError if something is missing, or stored rows would be lost."""
-        if self.size not in self.sizes:
-            raise ValueError(f"{self.name} has the sizes {' and '.join(self.sizes)}")
         if self.only.pattern and not self.divisible:
             raise ValueError(
                 f"{self.name} is judged as a whole; --only is for remedy, skew, whose, "

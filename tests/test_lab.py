@@ -875,6 +875,18 @@ def test_two_stored_models_side_by_side(whole, tmp_path, capsys):
 # ------------------------------------------------------------------------- tuning and presets
 
 
+def test_the_notes_say_how_the_search_at_one_class_went():
+    (found,) = [
+        e
+        for e in tune.entries(RESULTS / "tuned.json")
+        if (e["world"], e["method"]) == ("one class", "fedavg")
+    ]
+    rates = {s["lr"]: x for _, s, x in found["tried"] if s["server_lr"] == 1.0}
+    assert [round(100 * rates[lr]) for lr in (0.05, 0.1, 0.2, 0.4, 0.8)] == [50, 51, 45, 52, 42]
+    assert "FedAvg had 50, 51, 45, 52 and 42 %" in report.NOTES.read_text()
+    assert found["settings"]["lr"] == 0.4 and len(found["seeds"]) == 2
+
+
 def test_tuning_searches_one_setting_after_the_other():
     seen = []
 

@@ -196,6 +196,9 @@ def test_differences_in_the_text_are_those_of_the_stored_rows():
     found = re.findall(rf"{number}\s\[{number}, {number}\]", README)
     assert len(found) == len(DIFFERENCES)
     stored = claims.stored_claims(HERE / "results")
+    (sharp,) = claims.tables(*stored["compressed"]).values()
+    means = sharp.groupby("arm").eigenvalue.mean().round()
+    assert f"{means['1 bit, feedback']:.0f} in place of {means['none']:.0f}" in README
     for said, (name, task, arms, measure) in zip(found, DIFFERENCES):
         table = claims.tables(*stored[name])[task]
         pair = [verdicts.Value(report.arm_called(a, table), measure) for a in arms.split(" - ")]
