@@ -365,6 +365,7 @@ def card(result, folder):
     shown = {n: f"{f * result[key]:.{digits}f}" for n, (key, f, digits) in SHOWN.items()}
     rounds = result["averaged"]
     averaged = f"mean of {len(rounds)} evaluations, rounds {rounds[0]} to {rounds[-1]}"
+    averaged = averaged if len(rounds) > 1 else f"round {rounds[0]}"
     shown["test accuracy %"] += f"   ({averaged})"
     shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
     if result["matching_loss"] is not None:

@@ -330,6 +330,8 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     path.write_text(json.dumps({"quick": {"rows": rows}}))
     assert run.stored_beside(result, path) == {}
     assert "stored" not in run.card(result, tmp_path)
+    assert "(mean of 2 evaluations, rounds 2 to 4)" in run.card(result, tmp_path)
+    assert "(round 8)" in run.card(result | {"averaged": [8]}, tmp_path)
 
 
 def test_run_quick_leaves_given_settings_alone():
