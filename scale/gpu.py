@@ -1,4 +1,4 @@
-"""What does a GPU gain? Run this on one; it has not been timed there yet.
+"""What does a GPU gain? Run this on one.
 
     python -m scale.gpu                          writes results/gpu.json
     python -m scale.gpu --small --device cpu     does it work?
@@ -11,8 +11,9 @@ It prints a row for each workload and each way to visit the clients:
                        colour images of 32 x 32 pixels
     clients at once    1: one client after the other (fl.Federation); else scale/visits.Vmap
     gain               seconds of the first row of the workload, divided by those of this row
-    apart              distance of the models from those of the first row, relative to how far they
-                       moved. About 1e-5 is rounding; if it is 0.1 or more, something is wrong
+    apart              after one round with one local step: the distance of the model from that of
+                       the first row, relative to how far it moved. 1e-6 or so is rounding. After
+                       many steps it would say nothing: on noise, rounding grows a thousandfold
 
 vmap runs the convolutions of several clients as one grouped convolution. Whether that gains
 anything, only a measurement says: for small networks it does if a GPU waits for many small kernels,
@@ -22,6 +23,7 @@ For several GPUs: `torchrun --nproc-per-node GPUS run.py ...`; compare the secon
 """
 
 import argparse
+import copy
 import statistics
 import time
 from pathlib import Path
@@ -58,15 +60,28 @@ def rounds(federation, n):
     return seconds[1:], torch.cuda.max_memory_allocated() if gpu else None
 
 
+def federation_of(M, learnt, chunk):
+    """The plain loop if chunk is 1, else vmap."""
+    loop, more = (Federation, {}) if chunk == 1 else (Vmap, {"chunk": chunk})
+    return loop(M(learnt, **GENTLE), Identity(), **more)
+
+
+def model_after_a_step(M, learnt, chunk):
+    """The global model [d] after one round with one local step."""
+    short = copy.copy(learnt)
+    short.local_steps = 1
+    federation = federation_of(M, short, chunk)
+    federation.round()
+    return federation.w
+
+
 def measured(name, M, learnt, chunks, n):
     """The rows of a workload; prints them."""
-    rows, first = [], None
+    rows, first = [], model_after_a_step(M, learnt, 1)
     for chunk in chunks:
-        loop, more = (Federation, {}) if chunk == 1 else (Vmap, {"chunk": chunk})
-        federation = loop(M(learnt, **GENTLE), Identity(), **more)
-        seconds, memory = rounds(federation, n)
-        first = federation.w if first is None else first
-        apart = float((federation.w - first).norm() / (first - learnt.w0).norm())
+        w = model_after_a_step(M, learnt, chunk)
+        apart = float((w - first).norm() / (first - learnt.w0).norm())
+        seconds, memory = rounds(federation_of(M, learnt, chunk), n)
         row = {"chunk": chunk, "seconds": statistics.median(seconds), "all": seconds}
         rows.append(row | {"memory": memory, "apart": apart})
         gain = rows[0]["seconds"] / row["seconds"]
