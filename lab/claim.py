@@ -47,10 +47,10 @@ class Claim:
         self.size, self.results, self.name = size, results, type(self).__name__.lower()
         if size not in self.sizes:
             raise ValueError(f"{self.name} has the sizes {' and '.join(self.sizes)}")
+        self.only = expression(only)
         self.command = f"python -m lab.claims {self.name} --size {size}"
         self.command += f" --seeds {seeds}" if seeds else ""
-        self.command += f' --only "{only}"' if only else ""
-        self.only = expression(only)
+        self.command += f' --only "{only}"' if only and not self.kept() else ""
         self.seeds = seeds or (1 if size == "quick" else self.repeats)
 
     def check(self):
@@ -58,21 +58,30 @@ class Claim:
         if self.only.pattern and not self.divisible:
             raise ValueError(
                 f"{self.name} is judged as a whole; --only is for remedy, skew, whose, "
-                "corrected, overfit"
+                "corrected, together, photographs, overfit"
             )
         coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
-        arms = list(dict.fromkeys(arm for arm, _ in coming))
-        if arms and self.divisible and not self.comparisons(pd.DataFrame({"arm": arms})):
+        rows = [study.plain(row) for row in self.stored().get("rows", ())]
+        before = {(row["arm"], row["seed"]) for row in rows}
+        arms = list(dict.fromkeys(arm for arm, _ in coming | before))
+        if coming and self.divisible and not self.comparisons(pd.DataFrame({"arm": arms})):
             raise ValueError(f"--only {self.only.pattern!r} leaves nothing to compare")
-        path = self.results / f"{self.name}.json"
-        part = json.loads(path.read_text()).get(self.size) if path.exists() else None
-        rows = map(study.plain, part["rows"] if part else ())
-        stored = {(row["arm"], row["seed"]) for row in rows}
-        if not stored <= coming:
+        lost = {(arm, seed) for arm, seed in before - coming if self.only.match(arm)}
+        if lost:
             raise ValueError(
-                f"{path} holds {len(stored - coming)} rows that these runs would not replace, such "
-                f"as {min(stored - coming)}; keep them with --results and another folder"
+                f"{self.results / self.name}.json holds {len(lost)} rows that these runs would not "
+                f"replace, such as {min(lost)}; keep them with --results and another folder"
             )
+
+    def stored(self):
+        """What results/NAME.json holds of this size: rows, machines and more; {} if nothing."""
+        path = self.results / f"{self.name}.json"
+        return json.loads(path.read_text()).get(self.size, {}) if path.exists() else {}
+
+    def kept(self):
+        """The stored rows of arms that these runs do not touch."""
+        rows = self.stored().get("rows", ())
+        return [row for row in rows if not self.only.match(study.plain(row)["arm"])]
 
     def tasks(self):
         """{task: settings that all arms share}"""

@@ -5,8 +5,9 @@
 
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
 some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
-arms whose labels begin so, for remedy, skew, whose, corrected and overfit. The command may be
-stopped and given again, and given twice at once to share the runs (study.py). It writes
+arms whose labels begin so, and keeps the stored rows of the others. It is for the claims of which
+a part can be judged: remedy, skew, whose, corrected, together, photographs, overfit. The command
+may be stopped and given again, and given twice at once to share the runs (study.py). It writes
 results/NAME.json and NAME.png and prints the table, all comparisons, and the verdict (verdicts.py);
 `python -m lab.report` writes results/README.md.
 
@@ -24,13 +25,14 @@ results/NAME.json and NAME.png and prints the table, all comparisons, and the ve
     skew         what each ascent direction gains over FedAvg, as the clients differ more
     whose        whose gradient, or which batch? Trial directions at one class per client
     corrected    the same directions on top of drift correction, at one class per client
+    together     drift correction and one bit a parameter: the sharpest models, and an ascent there
     overfit      the same directions where training overfits, on photographs
+    photographs  where compression sharpens there
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
 project in ours.py.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -40,7 +42,8 @@ from plumbing.settings import HERE
 
 KINDS = (ours.Default, papers.Sharpness, ours.Compressed, ours.Remedy, papers.Alignment)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
-KINDS += (ours.Oracle, ours.Skew, ours.Whose, ours.Corrected, ours.Overfit)
+KINDS += (ours.Oracle, ours.Skew, ours.Whose, ours.Corrected, ours.Together, ours.Overfit)
+KINDS += (ours.Photographs,)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 
@@ -69,16 +72,24 @@ def told(claim, part):
 
 def keep(claim, rows, root):
     """Write results/NAME.json -> the part of this size; root: where the runs are."""
-    machines = {json.dumps(row.get("machine")): row.get("machine") for row in rows}
     part = {"claim": claim.says, "source": claim.source, "refuted_by": claim.refuted}
-    part |= {"command": claim.command, "machines": [m for m in machines.values() if m]}
-    part["defaults"] = run.resolve()
-    part["rows"] = [{k: v for k, v in row.items() if k != "machine"} for row in rows]
+    part |= {"command": claim.command, "machines": [], "defaults": run.resolve()}
     path = claim.results / f"{claim.name}.json"
     with study.locked(root / path.name):
         claim.check()  # again: another command may have stored rows in the meantime
+        kept, stored = claim.kept(), claim.stored()
+        machines = [row.get("machine") for row in rows] + (stored["machines"] if kept else [])
+        part["machines"] = [m for n, m in enumerate(machines) if m and m not in machines[:n]]
+        rows = [{k: v for k, v in row.items() if k != "machine"} for row in rows]
+        part["rows"] = in_order(claim, kept + rows)
         study.store(path, claim.size, part)
     return part
+
+
+def in_order(claim, rows):
+    """Rows seed by seed, each with the arms in the order of the claim."""
+    places = {arm: n for task in claim.tasks() for n, arm in enumerate(claim.arms(task))}
+    return sorted(rows, key=lambda row: (row["seed"], places.get(row["arm"], len(places))))
 
 
 def draw(claim, part):

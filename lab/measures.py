@@ -448,7 +448,7 @@ class Watch:
     def judge_mean(self, federation):
         w, found = torch.load(self.folder / "mean.pt")["w"], {}
         for name, some in (("val", self.images.val), ("test", self.images.test)):
-            loss, accuracy = task.evaluate(federation.task.apply, w, some)
+            loss, accuracy = task.evaluate(federation.task.apply, w, placed(some, w.device))
             found |= {f"{name}_loss": loss, f"{name}_acc": accuracy}
         return found
 
@@ -460,6 +460,12 @@ class Watch:
             return {}
         moved = federation.w - before["w"]
         return {"last_move": moved, "last_uncompressed": before["meant"]}
+
+
+def placed(images, device):
+    """data.Images on a device: those of a study lie on the CPU."""
+    tensors = {k: x.to(device) for k, x in images._asdict().items() if torch.is_tensor(x)}
+    return images._replace(**tensors)
 
 
 def watched(folder):

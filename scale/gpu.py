@@ -12,7 +12,7 @@ It prints a row for each workload and each way to visit the clients:
     clients at once    1: one client after the other (fl.Federation); else scale/visits.Vmap
     gain               seconds of the first row of the workload, divided by those of this row
     apart              after one round with one local step: the distance of the model from that of
-                       the first row, relative to how far it moved. 1e-6 or so is rounding. After
+                       the first row, relative to how far it moved. 1e-4 or less is rounding. After
                        many steps it would say nothing: on noise, rounding grows a thousandfold
 
 vmap runs the convolutions of several clients as one grouped convolution. Whether that gains
@@ -109,7 +109,7 @@ def main(argv=None):
     found = {"command": "python -m scale.gpu"}
     for name, (M, learnt) in workloads(args.small, args.device).items():
         found[name] = measured(name, M, learnt, chunks, n)
-    write(place(args, "gpu.json"), found)
+        write(place(args, "gpu.json"), found)  # now: the next one may not fit, or take too long
 
 
 if __name__ == "__main__":
