@@ -717,10 +717,10 @@ def invented(table, rules, effect, noise):
 def test_verdicts_follow_the_rows(name, effect, noise, word):
     claim = STORED[name][0]
     table = TABLES[name][""]
-    rules = [r for r in claim.rules(table) if r.sign]
+    rules = [r for r in claim.comparisons(table) if r.sign]
     table = invented(table, rules, effect, noise)
     assert verdicts.verdict(verdicts.compare(table, rules).outcome) == word
-    single = table[table.seed == 0]
+    single = table[table.seed == claim.first_seed]
     assert verdicts.verdict(verdicts.compare(single, rules).outcome) == "Not decided"
 
 

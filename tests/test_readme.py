@@ -185,6 +185,7 @@ DIFFERENCES = [  # in the README's order: claim, task, arms, measure
     ("remedy", "", "1 bit, feedback, fedsynsam - 1 bit, feedback, fedavg", "accuracy"),
     ("default", "10 local steps", "Descending - fedsynsam", "accuracy"),
     ("accuracy", "", "fedgamma - fedsynsam", "accuracy"),
+    ("overfit", "", "Dir 0.1, own - Dir 0.1, fedavg", "test_loss"),
 ]
 
 
