@@ -441,7 +441,7 @@ class Federation:
         """The clients do their work ("train") and upload: the mean of what is collected."""
         codec = self.method.codec(self.compressor, received)
         weight = sum(self.weights[i] for i in clients)
-        mean = {}  # in float64, so that the order of the clients does not matter
+        mean = {}  # in float64, against rounding; the order is always that of `clients`
         for i, (buffers, mine) in zip(clients, self.visits(work, clients, received, lr)):
             self.bytes_up += sum(len(buffer) for buffer in buffers.values())
             decoded = {n: codec.decode(b, len(self.w)).to(self.w) for n, b in buffers.items()}
