@@ -10,7 +10,7 @@ In code, with a compressor (compress.py) and the loss of a client on a batch, a 
     for i in chosen_clients:
         w_i = w
         for batch in batches_of(i):
-            w_i = w_i - lr * gradient(lambda v: loss(v, batch), w_i)
+            w_i = w_i - lr * autograd(lambda v: loss(v, batch), w_i)
         buffer = compressor.encode(w_i - w)
         updates.append(compressor.decode(buffer, d))
     w = w + server_lr * torch.stack(updates).mean(0)
@@ -27,7 +27,7 @@ hooks changed, here in the order of a round:
              start            where its steps begin
     K times  direction        SAM methods only: the ascent direction u                    (sam.py)
              point            where the gradient is computed; a SAM method goes to w + e
-             correct          what is added to the gradient, as SCAFFOLD does    (methods/drift.py)
+             correct          what is added to the gradient, as SCAFFOLD does
              move             the step itself
              upload           what it sends
              remember         what it remembers, once it knows what the server decoded
@@ -45,6 +45,11 @@ Notation
     u         ascent direction of SAM                                                          [d]
     update    end minus start of the K steps, about -K lr g: a descent direction, unlike g, u  [d]
     lr_sum    K lr, so -update / lr_sum is a mean G; under vmap it is a tensor
+    received  what a client got: `broadcast`, `broadcast_once`, the mean of an earlier exchange
+    mine      what this client remembers; `point`, `move`, `upload` and `remember` return it, too
+    decoded   what the server reads from one upload
+    mean      the mean over the clients of what `collect` made of it
+The last four are dicts {name: tensor}.
 
 Rules for a new method
     * Call super() in a hook and add to it; only `direction`, `point` and `move` may be replaced.
@@ -53,9 +58,9 @@ Rules for a new method
     * Add names of your own to what is sent, collected, kept and remembered. "update" belongs to all
       parents: FedDyn sums it up. So send or collect another vector beside it, and in `aggregate`
       pass `mean` on to super() as it is.
-    * On a client, use only the settings, the arguments and self.gradient. What the server keeps
-      (self.state) reaches a client through `broadcast`, so that its bytes count, and is in
-      `received`.
+    * On a client, never read self.state. What the server keeps reaches a client through
+      `broadcast`, so that its bytes count, and is in `received`. That is true of the round t, too:
+      keep a tensor in self.state, change it in `aggregate`, and send it.
     * Never change `mine`, self.state's dict or a tensor in place; make a new one. `first_memory`
       declares all names that `mine` will ever have.
     * No `if` on the value of a tensor, and no `train` of your own: under vmap (scale/visits.py) all
@@ -63,7 +68,8 @@ Rules for a new method
     * lr_sum assumes that `move` is w - lr G: SCAFFOLD and FedCM do not fit other moves (Adam).
     * self.state is what a checkpoint saves of a method, so keep nothing of the server elsewhere.
 
-`python -m pytest test_all.py --method mine.py:MyMethod` checks a method against these rules.
+`python -m pytest test_all.py --method mine.py:MyMethod` checks a method against these rules. If the
+class says `off = {"rho": 0.0}`, it must, with these settings, take the steps of one of its parents.
 
 A task says what is learnt (vision/task.py for images; tests/toys.py has quadratics):
     w0, sizes                 first model [d]; number of images of each of the N clients
@@ -80,6 +86,7 @@ FedSynSAM, Gu et al. 2026 (arXiv 2602.11584).
 """
 
 import hashlib
+import inspect
 from typing import Annotated, Literal
 
 import torch
@@ -110,8 +117,9 @@ class FedAvg:
 
     def __init__(self, task, seed=0, **settings):
         self.task, self.seed, self.gradient_of = task, seed, autograd
+        known = {name for part in type(self).__mro__ for name in inspect.get_annotations(part)}
         for name, value in settings.items():
-            if not hasattr(type(self), name):
+            if name not in known:
                 raise TypeError(f"{type(self).__name__} has no setting {name}")
             setattr(self, name, value)
         self.state = self.first_state()
@@ -396,19 +404,32 @@ class Federation:
         compressor,
         participation: Annotated[int, "clients per round m", 1, None] = 10,
         average: Annotated[Literal["uniform", "size"], "weights of the clients"] = "uniform",
-        error_feedback: Annotated[bool, "send later what compression removed"] = False,
+        error_feedback: Annotated[
+            Literal["auto", "on", "off"],
+            "send later what compression removed; auto: if the compressor is biased",
+        ] = "auto",
     ):
         self.method, self.task, self.compressor = method, method.task, compressor
-        self.m, self.feedback = participation, error_feedback
-        if error_feedback and not getattr(compressor, "contractive", True):
-            raise ValueError(f"error_feedback needs a contractive compressor, not {compressor}")
-        if error_feedback and not method.fed_back:
-            raise ValueError(f"{type(method).__name__} has nothing for error_feedback to act on")
+        self.m, self.feedback = participation, self.feeds_back(error_feedback)
         self.weights = [1] * len(self.task.sizes) if average == "uniform" else self.task.sizes
         self.w, self.t = self.task.w0.clone(), 0
         self.bytes_up, self.bytes_down = 0, 0
         self.memory = {}  # client -> {name: tensor}
         self.informed = set()  # clients that have received the latest `broadcast_once`
+
+    def feeds_back(self, wanted):
+        """Whether error feedback is used: "on", "off", or "auto". Unbiased errors need none."""
+        vectors, compressor = self.method.fed_back, self.compressor
+        if wanted == "auto":
+            return bool(vectors) and not getattr(compressor, "unbiased", True)
+        if wanted not in ("on", "off"):
+            raise ValueError(f"error_feedback = {wanted!r} is unknown; known: auto, on, off")
+        if wanted == "on" and not getattr(compressor, "contractive", True):
+            raise ValueError(f"error_feedback needs a contractive compressor, not {compressor}")
+        if wanted == "on" and not vectors:
+            name = type(self.method).__name__
+            raise ValueError(f"{name} has nothing for error_feedback to act on")
+        return wanted == "on"
 
     def round(self):
         """One round: w^t becomes w^{t+1}."""
@@ -416,10 +437,11 @@ class Federation:
         if method.prepare(self.t, self.w):
             self.informed = set()
         clients = self.choose()
-        received, mean = self.send_down(clients), {}
+        received = self.send_down(clients)
         for work in method.exchanges:
-            received = received | self.through_wire(mean, len(clients))
             mean = self.exchange(work, clients, received, lr)
+            if work != "train":
+                received = received | self.through_wire(mean, len(clients))
 
         weight = sum(self.weights[i] for i in clients)
         lr_sum = lr * sum(self.weights[i] * self.task.steps(i) for i in clients) / weight
@@ -477,10 +499,10 @@ class Federation:
         """The memory of client i before it works: {name: tensor}."""
         if i in self.memory:
             return self.memory[i]
-        mine = self.method.first_memory(received)
-        for name in self.method.fed_back if self.feedback else ():
-            mine = mine | {"residual of " + name: torch.zeros_like(received["w"])}
-        return mine
+        mine, nothing = self.method.first_memory(received), torch.zeros_like(received["w"])
+        if not self.feedback:
+            return mine
+        return mine | {"residual of " + name: nothing for name in self.method.fed_back}
 
     def encode(self, work, i, sent, mine, received, batches):
         """The vectors that client i sends {name: [d]} as bytes: ({name: bytes}, memory).

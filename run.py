@@ -84,7 +84,7 @@ class Run:
     """The settings of a run that belong to no other part."""
 
     algo: Annotated[str, "method"] = "fedsynsam"
-    compress: Annotated[str, "compressor of the updates"] = "qsgd"
+    compress: Annotated[str, "compressor of the updates"] = "sign"
     model: Annotated[str, "network"] = "cnn"
     partition: Annotated[str, "how images are split, if the data do not say it"] = "shards"
     dataset: Annotated[str, "bundled, a name that torchvision knows, or a file .npz"] = "bundled"
@@ -94,7 +94,7 @@ class Run:
     seed: Annotated[int, "seed of all random choices but the validation images", 0, 10**9] = 0
     eval_every: Annotated[int, "rounds between evaluations", 1, None] = 2
     last: Annotated[int, "the result is a mean over so many last evaluations", 1, None] = 20
-    measure_images: Annotated[int, "training images for loss and eigenvalue", 1, None] = 2000
+    measure_images: Annotated[int, "training images for loss and eigenvalue", 1, None] = 500
 
 
 # ------------------------------------------------------------------------------------- the parts
@@ -504,8 +504,7 @@ def job_of(given):
     if small:
         runs = {label: quick(settings, given) for label, settings in runs.items()}
     several = len(runs) > 1
-    for settings in list(runs.values())[:1]:
-        compose(settings)  # so that wrong input is found before a folder is made
+    compose(next(iter(runs.values())))  # so that wrong input is found before a folder is made
     if first_rank():
         folder = new_folder(root, name, "comparison" if several else next(iter(runs)))
         if several:

@@ -80,8 +80,9 @@ def unroll(apply, w, batches, step):
 
     The result can be differentiated with respect to X, Y and the step size.
     """
+    if not w.requires_grad:
+        w = w.detach().requires_grad_()
     for x, y in batches:
-        w = w if w.requires_grad else w.detach().requires_grad_()
         (g,) = torch.autograd.grad(synthetic_loss(apply, w, x, y), w, create_graph=True)
         w = w - step * g
     return w
@@ -222,12 +223,15 @@ def color(x, uniform):
 
 def cutout(x, uniform):
     """A square of half the side becomes 0; it may stand over the edge."""
-    masked = [
-        (torch.arange(side, device=x.device) - (uniform(1) * side).floor() + side // 4)
-        for side in x.shape[2:]
-    ]
-    row, column = ((0 <= m) & (m < side // 2) for m, side in zip(masked, x.shape[2:]))
+    row, column = (band(side, (uniform(1) * side).floor(), x.device) for side in x.shape[2:])
     return x * ~(row[:, None, :, None] & column[:, None, None, :])
+
+
+def band(side, middle, device):
+    """Which of the places 0 ... side - 1 lie in a band of half the side around the middle."""
+    first = middle - side // 4
+    place = torch.arange(side, device=device)
+    return (first <= place) & (place < first + side // 2)
 
 
 def crop(x, uniform):

@@ -133,7 +133,7 @@ FL_SMALL = dict(warmup=2, window=2, outer_steps=2, inner_steps=2, ipc=1, finetun
 FL_WIRES = [
     dict(compressor=Identity(f64)),
     dict(compressor=QSGD(7, "max", 16, f64)),
-    dict(compressor=TopK(9, f64), error_feedback=True),
+    dict(compressor=TopK(9, f64), error_feedback="on"),
 ]
 FL_METHODS = [FedAvg, SCAFFOLD, FedSAM, FedLESAM, DynaFed, FedSynSAM]
 
@@ -1231,8 +1231,9 @@ def test_fl_dynafed_trains_each_new_model_on_the_synthetic_data():
 def test_fl_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="window = 3 is longer than the warmup = 2"):
         fl_federation(DynaFed, window=3)
-    with pytest.raises(TypeError, match="FedAvg has no setting rho"):
-        fl_federation(FedAvg, rho=0.1)
+    for name in ("rho", "step"):  # of other methods; a method of the class
+        with pytest.raises(TypeError, match=f"FedAvg has no setting {name}"):
+            fl_federation(FedAvg, **{name: 0.1})
 
 
 # Bytes.
@@ -1279,7 +1280,7 @@ class FlRecording(fl.Federation):
 
 def test_fl_error_feedback_is_for_the_update_only():
     topk = TopK(9, f64)
-    federation = fl_after(6, SCAFFOLD, compressor=topk, loop=FlRecording, error_feedback=True)
+    federation = fl_after(6, SCAFFOLD, compressor=topk, loop=FlRecording, error_feedback="on")
     for sent, mine, buffers, after in federation.records:
         owed, arrived = (
             mine["residual of update"] + sent["update"],
@@ -1289,15 +1290,32 @@ def test_fl_error_feedback_is_for_the_update_only():
         assert torch.equal(buffers["update"], topk.encode(owed))
         assert torch.equal(buffers["c_i_change"], topk.encode(sent["c_i_change"]))
     assert max(mine["residual of update"].norm() for _, mine, _, _ in federation.records) > 0
-    assert all(
-        "residual of update" not in m
-        for m in fl_after(1, SCAFFOLD, compressor=topk).memory.values()
-    )
+    without = fl_after(1, SCAFFOLD, compressor=topk, error_feedback="off")
+    assert all("residual of update" not in mine for mine in without.memory.values())
+
+
+def test_fl_error_feedback_is_by_itself_for_biased_compressors_only():
+    class Silent(FedAvg):
+        fed_back = ()
+
+    def feedback(compressor, wanted="auto", M=FedAvg):
+        return fl_federation(M, compressor=compressor, error_feedback=wanted).feedback
+
+    assert feedback(TopK(3, f64)) and not feedback(TopK(3, f64), "off")
+    assert not feedback(QSGD(7, dtype=f64)) and not feedback(Identity(f64))
+    assert not feedback(RandK(3, True, f64)) and feedback(RandK(3, False, f64))
+    assert not feedback(TopK(3, f64), M=Silent)
+    with pytest.raises(ValueError, match="Silent has nothing for error_feedback"):
+        feedback(TopK(3, f64), "on", Silent)
+    with pytest.raises(ValueError, match="needs a contractive compressor"):
+        feedback(RandK(3, True, f64), "on")
+    with pytest.raises(ValueError, match="error_feedback = True is unknown; known: auto, on, off"):
+        feedback(TopK(3, f64), True)
 
 
 def test_fl_memory_of_clients_that_rest_does_not_change():
     federation = fl_federation(
-        SCAFFOLD, compressor=TopK(3, f64), participation=2, error_feedback=True
+        SCAFFOLD, compressor=TopK(3, f64), participation=2, error_feedback="on"
     )
     for _ in range(8):
         before, clients = dict(federation.memory), federation.choose()
@@ -1340,7 +1358,7 @@ def test_fl_topk_stalls_without_error_feedback_and_converges_with_it():
     given = dict(compressor=TopK(1, f64), participation=3, lr=0.05)
     without, with_it = (
         float((fl_after(250, FedAvg, learnt, error_feedback=f, **given).w - learnt.optimum).norm())
-        for f in (False, True)
+        for f in ("off", "on")
     )
     assert without > 0.2 * learnt.optimum.norm() and with_it < 0.2 * without
 

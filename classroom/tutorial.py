@@ -77,7 +77,7 @@ def rounds(n):
 
 # What all runs of this tutorial have in common: twenty clients, five of them in each round.
 SMALL = {"model": "mlp", "hidden": 32, "clients": 20, "participation": 5, "local_steps": 20}
-SMALL |= {"lr": 0.1, "measure_images": 300, "eval_every": 2, "last": 3}
+SMALL |= {"lr": 0.1, "compress": "qsgd", "measure_images": 300, "eval_every": 2, "last": 3}
 SMALL |= {"local_steps": 4, "measure_images": 20, "eval_every": 4} if QUICK else {}
 
 
@@ -224,7 +224,7 @@ plt.show()
 # %%
 TEN = SMALL | {"clients": 10, "participation": 10, "local_steps": 10, "partition": "iid"}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-for feedback, colour, label in ((False, RED, "top-k"), (True, BLUE, "top-k, error feedback")):
+for feedback, colour, label in (("off", RED, "top-k"), ("on", BLUE, "top-k, error feedback")):
     norms = []
 
     def watch(federation):
@@ -233,9 +233,10 @@ for feedback, colour, label in ((False, RED, "top-k"), (True, BLUE, "top-k, erro
         norms.append(float(torch.stack(residuals).norm(dim=1).mean()))
 
     sparse = {"compress": "topk", "k": 0.001, "error_feedback": feedback, "rounds": rounds(30)}
-    outcome = run.experiment(**TEN, **sparse, algo="fedavg", watch=watch if feedback else None)
+    seen = watch if feedback == "on" else None
+    outcome = run.experiment(**TEN, **sparse, algo="fedavg", watch=seen)
     left.plot(*curve(outcome), color=colour, label=label)
-    if feedback:
+    if feedback == "on":
         right.plot(range(1, len(norms) + 1), norms, color=colour)
 full = run.experiment(**TEN, algo="fedavg", compress="identity", rounds=rounds(30))
 left.plot(*curve(full), color=BLACK, ls=":", label="not compressed, 500 times the bytes")

@@ -1,9 +1,9 @@
 """What a claim is: arms, measures, and rules that were written before the runs.
 
-The claims of papers stand in papers.py, those of this project in ours.py. A claim says which arms
-are run (`arms`), what is measured besides accuracy, losses, bytes and eigenvalue (`measures`,
-`watch`), and which arm minus which arm should have which sign (`rules`). A verdict holds for these
-images, networks and rounds, and no more than that.
+The claims of papers stand in papers.py, those of this project in ours.py and onebit.py. A claim
+says which arms are run (`arms`), what is measured besides accuracy, losses, bytes and eigenvalue
+(`measures`, `watch`), and which arm minus which arm should have which sign (`rules`). A verdict
+holds for these images, networks and rounds, and no more than that.
 """
 
 import json
@@ -19,9 +19,9 @@ UPLINKS = {
     "none": {"compress": "identity"},
     "4 bits": {"compress": "qsgd", "levels": 7},
     "2 bits": {"compress": "qsgd", "levels": 1},
-    "top 10 %": {"compress": "topk", "k": 0.1},
-    "top 5 %": {"compress": "topk", "k": 0.05},
-    "top 1 %": {"compress": "topk", "k": 0.01},
+    "top 10 %": {"compress": "topk", "k": 0.1, "error_feedback": "off"},
+    "top 5 %": {"compress": "topk", "k": 0.05, "error_feedback": "off"},
+    "top 1 %": {"compress": "topk", "k": 0.01, "error_feedback": "off"},
 }
 SPLITS = {"IID": {"partition": "iid"}, "Dir 0.6": {"alpha": 0.6}, "Dir 0.1": {"alpha": 0.1}}
 
@@ -57,8 +57,7 @@ class Claim:
         """Before the runs: ValueError if something is missing, or stored rows would be lost."""
         if self.only.pattern and not self.divisible:
             raise ValueError(
-                f"{self.name} is judged as a whole; --only is for remedy, skew, whose, "
-                "corrected, together, photographs, overfit"
+                f"{self.name} is judged as a whole; lab/claims.py says which claims --only is for"
             )
         coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
         rows = [study.plain(row) for row in self.stored().get("rows", ())]

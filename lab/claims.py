@@ -6,7 +6,7 @@
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
 some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
 arms whose labels begin so, and keeps the stored rows of the others. It is for the claims of which
-a part can be judged: remedy, skew, whose, corrected, together, photographs, overfit. The command
+a part can be judged: default, remedy, skew, whose, corrected, photographs, overfit. The command
 may be stopped and given again, and given twice at once to share the runs (study.py). It writes
 results/NAME.json and NAME.png and prints the table, all comparisons, and the verdict (verdicts.py);
 `python -m lab.report` writes results/README.md.
@@ -23,27 +23,27 @@ results/NAME.json and NAME.png and prints the table, all comparisons, and the ve
     man          penalising activation norms lowers the top eigenvalue and raises accuracy
     oracle       how much is there to gain from the true global direction?
     skew         what each ascent direction gains over FedAvg, as the clients differ more
-    whose        whose gradient, or which batch? Trial directions at one class per client
+    whose        whose gradient, or which batch? Trial directions in the default job
     corrected    the same directions on top of drift correction, at one class per client
-    together     drift correction and one bit a parameter: the sharpest models, and an ascent there
     overfit      the same directions where training overfits, on photographs
     photographs  where compression sharpens there
+    descent      the synthetic gradient in the descent, too, in the default job
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
-project in ours.py.
+project in ours.py and onebit.py.
 """
 
 import sys
 from pathlib import Path
 
 import run
-from lab import figures, ours, papers, study, tune, verdicts
+from lab import figures, onebit, ours, papers, study, tune, verdicts
 from plumbing.settings import HERE
 
-KINDS = (ours.Default, papers.Sharpness, ours.Compressed, ours.Remedy, papers.Alignment)
+KINDS = (onebit.Default, papers.Sharpness, onebit.Compressed, onebit.Remedy, papers.Alignment)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
-KINDS += (ours.Oracle, ours.Skew, ours.Whose, ours.Corrected, ours.Together, ours.Overfit)
-KINDS += (ours.Photographs,)
+KINDS += (ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit, onebit.Photographs)
+KINDS += (onebit.Descent,)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

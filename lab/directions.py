@@ -9,19 +9,13 @@ All are FedSAM, the gradient at w + rho u / ||u||, with another u:
     AnotherClient    another client's gradient; the clients peek
     Negative         minus the own gradient
     Random           random numbers
-    Debiased         g_batch - (mean of the own gradients so far in this round) + g_syn
     Projected        the own gradient without its part against g_syn
     OncePerRound     g_syn at w^t, the same in all steps of a round, made at the server
 
-and one that uses g_syn, which is computed anyway, in the descent too:
-
-    Descending       G = (1 - pull) g_i(w + e) + pull g_syn
-
-g_syn is the gradient on FedSynSAM's synthetic images. The trials run in the plain loop and in
+g_syn is the gradient on FedSynSAM's synthetic images. Two trials that won are methods now
+(methods/ours.py). The others run in the plain loop and in
 threads; WholeClient and Random do not run under vmap.
 """
-
-from typing import Annotated
 
 import torch
 
@@ -100,29 +94,6 @@ class Random(FedSAM):
 # -------------------------------------------------------------------------- with synthetic images
 
 
-class Debiased(FedSynSAM):
-    """The batch's own part of the gradient stays, the client's bias is exchanged for g_syn.
-
-    Before the synthesis u = 0. The mean is over this round's steps, the present one included.
-    """
-
-    def first_memory(self, received):
-        w = received["w"]
-        return super().first_memory(received) | {"sum": torch.zeros_like(w), "n": w.new_zeros(())}
-
-    def point(self, w, batch, received, mine):
-        if "X" not in received:
-            return w, mine
-        g = self.gradient(w, batch)
-        mine = mine | {"sum": mine["sum"] + g, "n": mine["n"] + 1}
-        u = g - mine["sum"] / mine["n"] + self.synthetic_gradient(w, received)
-        return sam.perturb(w, u, self.rho), mine
-
-    def upload(self, w, received, mine, lr_sum):
-        sent, mine = super().upload(w, received, mine, lr_sum)
-        return sent, mine | {"sum": 0 * mine["sum"], "n": 0 * mine["n"]}
-
-
 class Projected(FedSynSAM):
     """u is the own gradient; where it points against g_syn, that part is taken out."""
 
@@ -147,14 +118,3 @@ class OncePerRound(FedSynSAM):
 
     def direction(self, w, batch, received, mine):
         return received["u"]
-
-
-class Descending(FedSynSAM):
-    """FedSynSAM, and a share of every local step goes along g_syn, too: it corrects drift."""
-
-    pull: Annotated[float, "share of g_syn in the local step", 0, 1] = 0.3
-
-    def correct(self, g, w, received, mine):
-        if "X" in received:
-            g = (1 - self.pull) * g + self.pull * self.synthetic_gradient(w, received)
-        return super().correct(g, w, received, mine)

@@ -211,8 +211,9 @@ class FedSynth(Claim):
                 own = {"algo": "fedsynth", "fs_objective": objective} | learnt | small
                 found[f"FedSynth {objective}, {size:,} bytes"] = own
             masking = {"compress": "randk", "scaled": False, "k": float((size - 12) // 4)}
+            masking |= {"error_feedback": "off"}
             place = 7 if self.size == "gpu" else 6  # bytes of a float and of its place
-            top = {"compress": "topk", "k": float((size - 4) // place)}
+            top = {"compress": "topk", "k": float((size - 4) // place), "error_feedback": "off"}
             found[f"random masking, {size:,} bytes"] = plain | masking
             found[f"top-k, {size:,} bytes"] = plain | top
         return found | {f"QSGD, {u}": plain | UPLINKS[u] for u in ("2 bits", "4 bits")}

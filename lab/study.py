@@ -41,8 +41,9 @@ CODE = ("*.py", "vision/*.py", "methods/*.py", "codes/*.py", "scale/*.py")
 
 # ---------------------------------------------------------------------------------------- the tasks
 
-# The default job before `skew`: clients differ less, and every method learns well.
+# The default job of older versions: clients differ less, and every method learns well.
 MILD = {"partition": "dirichlet", "rounds": 60, "last": 5, "lr": 0.2}
+MILD |= {"compress": "qsgd", "levels": 1, "local_steps": 20, "measure_images": 2000}
 MILD |= {"mix": 0.5, "warmup_method": "fedsam"}
 QUICK = MILD | {
     "clients": 8,

@@ -98,6 +98,7 @@ def new_federation(mode, settings):
     import run
 
     given = settings | {"visit": mode, "threads": 2}
+    given["error_feedback"] = "on" if given.get("error_feedback") else "off"
     known = {name for part in run.owners(given) for name in run.settings_of(part)}
     return run.compose(run.resolve(**{n: v for n, v in given.items() if n in known}))[0]
 

@@ -126,7 +126,7 @@ def kills(numbers, draws, place, images):
     methods = [("scaffold", 2), ("fedsynsam", 0), ("fedlesam", 0)]
     while tally.counts["kills"] < len(numbers) or not tally.counts["kills of one rank of two"]:
         algo, ranks = methods[life % len(methods)]
-        feedback = dict(compress="topk", error_feedback=True)
+        feedback = dict(compress="topk", error_feedback="on")
         settings = run_settings(images, algo, seed=life, rounds=30, **feedback)
         whole, cut = place / f"whole{life}", place / f"cut{life}"
         began = time.monotonic()

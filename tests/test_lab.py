@@ -27,6 +27,7 @@ from lab import (
     directions,
     figures,
     measures,
+    onebit,
     ours,
     papers,
     presets,
@@ -38,6 +39,7 @@ from lab import (
 from lab.claim import Claim
 from lab.verdicts import Rule, Value
 from methods.alignment import FedGA
+from methods.ours import FedSynSAM_Debiased
 from plumbing.settings import HERE
 from tests.toys import Linear, Quadratics, f64, normal
 from vision import data, models
@@ -349,7 +351,7 @@ def test_alignment_of_the_direction_that_a_method_really_uses():
     assert mixed["used"] == pytest.approx(mixed["mixed"]) != mixed["own"]
     alone = found(fl.FedSynSAM, mix=1.0, **small)
     assert alone["used"] == pytest.approx(alone["synthetic"])
-    debiased = found(directions.Debiased, **small)  # overrides the point, not the direction
+    debiased = found(FedSynSAM_Debiased, **small)  # overrides the point, not the direction
     assert debiased["used"] not in (pytest.approx(debiased["synthetic"]), None)
     whole = found(directions.WholeClient)  # has a `train` of its own, which gathers the images
     assert whole["used"] not in (pytest.approx(whole["own"]), None)
@@ -724,7 +726,7 @@ def test_verdicts_follow_the_rows(name, effect, noise, word):
     assert verdicts.verdict(verdicts.compare(single, rules).outcome) == "Not decided"
 
 
-@pytest.mark.parametrize("kind", [ours.Skew, ours.Whose])
+@pytest.mark.parametrize("kind", [ours.Skew, onebit.Whose])
 def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path):
     claim, rows = kind("cpu", tmp_path), []
     names = list(dict.fromkeys(arm.split(", ")[1] for arm in claim.arms("")))
@@ -749,17 +751,17 @@ def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path
 
 
 def test_better_and_worse_estimates_differ_from_an_arm_in_one_setting():
-    claim = ours.Whose("cpu")
+    claim = onebit.Whose("cpu")
     arms = claim.arms("")
-    assert {own["lr"] for own in arms.values()} == {0.1} and len(arms) == 23
-    assert arms["one class, true of 2000 images"]["oracle_images"] == 2000
+    assert {own["lr"] for own in arms.values()} == {0.1} and len(arms) == 20
+    assert arms["one class, synthetic with 15 a class"]["ipc"] == 15
     for name, (base, changed) in claim.estimates.items():
         better, arm = arms[f"one class, {name}"], arms[f"one class, {base}"]
         other = {k for k in {*better, *arm} if better.get(k) != arm.get(k)}
         assert other == set(changed) and len(other) == 1
 
 
-@pytest.mark.parametrize("kind", [ours.Corrected, ours.Overfit, ours.Whose, ours.Together])
+@pytest.mark.parametrize("kind", [ours.Corrected, ours.Overfit, onebit.Whose])
 def test_no_claim_takes_settings_that_were_tuned_for_another(kind, tmp_path):
     claim = kind("cpu", tmp_path)
     for arm in claim.arms(""):

@@ -37,6 +37,7 @@ from methods.fedsynth import FedSynth
 from methods.fedwmsam import FedWMSAM
 from methods.labelcal import LabelCal, calibrated_loss
 from methods.oracle import Oracle
+from methods.ours import FedSynSAM_Debiased, FedSynSAM_Descent
 from methods.sam_variants import GCSAM, FedASAM, FedLESAM_Server, centralise
 from methods.swa import SWA
 from plumbing.settings import settings_of
@@ -51,16 +52,16 @@ SMALL = {
     **{"fs_steps": 3, "fs_batches": 2, "fs_images": 2, "oracle_images": 9, "finetune_epochs": 2},
 }
 WIRES = {
-    "identity": (Identity(f64), False),
-    "qsgd": (QSGD(1, "max", 8, f64), False),
-    "topk": (TopK(6, f64), True),
+    "identity": (Identity(f64), "off"),
+    "qsgd": (QSGD(1, "max", 8, f64), "off"),
+    "topk": (TopK(6, f64), "on"),
 }
 
 
 def every_method():
     """All method classes of methods/."""
     found = []
-    for file in "drift adam combinations sam_variants alignment fedsynth oracle swa".split():
+    for file in "drift adam combinations sam_variants alignment fedsynth oracle ours swa".split():
         found += vars(importlib.import_module(f"methods.{file}")).values()
     found += [LabelCal, FedGloSS, FedWMSAM]
     is_ours = [inspect.isclass(x) and x.__module__.startswith("methods.") for x in found]
@@ -105,6 +106,7 @@ COSTS = {  # gradients a step, vectors [d] up, vectors [d] down
     **{FedASAM: (2, 1, 1), GCSAM: (2, 1, 1), GradAlign: (1, 2, 2), FedGA: (1, 2, 2)},
     **{FedGA_Previous: (1, 1, 2), Oracle: (2, 1, 1), LabelCal: (1, 1, 1), FedGloSS: (1, 1, 1)},
     **{FedWMSAM: (1, 1, 3), FedSynth: (1, None, 1), SWA: (1, 1, 1)},
+    **{FedSynSAM_Debiased: (3, 1, 1), FedSynSAM_Descent: (3, 1, 1)},
 }
 
 
@@ -306,6 +308,7 @@ VARIANTS = {
     "code": ("size", {"clip": 0.3, "prox_clip": False, "gc_code": True}),
 }
 NOT_SLOW = (FedAvg_Adam, DynaFed_Adam, FedSynSAM_S, FedSynSAM_D, FedSynth, LabelCal)
+NOT_SLOW += (FedSynSAM_Debiased, FedSynSAM_Descent)  # in test_directions.py
 SLOW = [SCAFFOLD, FedLESAM, *(M for M in every_method() if M not in NOT_SLOW)]
 
 

@@ -88,7 +88,7 @@ WAYS += [(visits.Vmap, {})]
 @pytest.mark.parametrize("loop, more", WAYS)
 @pytest.mark.parametrize("M", [FedSAM, SCAFFOLD, FedLESAM, FedDyn])
 def test_other_visits_give_the_numbers_of_the_plain_loop_with_error_feedback(M, loop, more):
-    both = {"compressor": TopK(5, f64), "error_feedback": True, "average": "size"}
+    both = {"compressor": TopK(5, f64), "error_feedback": "on", "average": "size"}
     both["settings"] = {"weight_decay": 0.1}
     plain, other = check.end(ten_rounds(M, **both)), check.end(ten_rounds(M, loop, **both, **more))
     assert check.same(plain, other, check.close if loop is visits.Vmap else torch.equal)

@@ -48,7 +48,7 @@ def test_stress_a_little_of_everything():
 @pytest.fixture
 def finished(tmp_path, run_tiny):
     """The folder of a finished run, and its settings."""
-    settings = run_tiny("fedsynsam", compress="topk", error_feedback=True, participation=3)
+    settings = run_tiny("fedsynsam", compress="topk", error_feedback="on", participation=3)
     run.experiment(tmp_path / "done", **settings)
     return tmp_path / "done", settings
 
@@ -58,9 +58,11 @@ def test_stress_every_changed_character_of_a_result_is_noticed(finished, capsys)
     path, good = folder / "result.json", (folder / "result.json").read_text()
     numbers = [place for place, character in enumerate(good) if character in "123456789"]
     for place in numbers[:: len(numbers) // 30]:
-        path.write_text(
-            good[:place] + str(10 - int(good[place])).replace("5", "6") + good[place + 1 :]
-        )
+        other = str(10 - int(good[place])).replace("5", "6")
+        changed = good[:place] + other + good[place + 1 :]
+        if json.loads(changed) == json.loads(good):  # a digit that no float64 has
+            continue
+        path.write_text(changed)
         code, out, err = run_main(capsys, "--resume", folder)
         assert (code, out) == (2, "") and "result.json" in err and err.count("\n") == 1
     path.write_text(good)

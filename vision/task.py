@@ -39,7 +39,7 @@ class Images:
         train,
         parts,
         batch: Annotated[int, "images per local step", 1, 10**5] = 20,
-        local_steps: Annotated[int, "local steps K of every client", 1, 10**5] = 20,
+        local_steps: Annotated[int, "local steps K of every client", 1, 10**5] = 10,
         local_epochs: Annotated[int, "epochs instead of local_steps; 0: steps", 0, 10**4] = 0,
         augment: Annotated[bool, "shift images by up to 4 pixels and flip them"] = False,
         man: Annotated[float, "weight zeta of MAN's term in the loss; 0: without", 0, None] = 0.0,
