@@ -15,7 +15,7 @@ len(buffer) bytes.
 
 The checksum adds 32 bits to each. a = ceil(log2 d) bits name one of d places. qsgd cuts x into n
 buckets of q coordinates, and its grid has s levels above 0, which b = ceil(log2(s + 1)) bits
-number; omega = min(q / s^2, sqrt(q) / s) for the scale "l2".
+number; omega = min(q / s^2, sqrt(q) / s) for the scale "l2", and q / (4 s^2) for "max".
 
 A compressor is in the class U(omega) if it is unbiased and E||x_hat - x||^2 <= omega ||x||^2. It is
 in the class B(delta), or contractive, if E||x_hat - x||^2 <= (1 - delta) ||x||^2 with delta > 0.

@@ -32,6 +32,7 @@ import os
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -372,7 +373,8 @@ def card(result, folder):
         shown["matching loss"] = f"{result['matching_loss']:.3f}   (1: nothing learnt, 0: all)"
     beside = stored_beside(result)
     if beside:
-        shown["stored"] = ", ".join(f"{algo} {100 * x:.1f}" for algo, x in beside.items())
+        words = ", ".join(f"{algo} {100 * x:.1f}" for algo, x in beside.items())
+        shown["others, stored"] = ("\n" + 18 * " ").join(textwrap.wrap(words, 62))
     shown |= {"settings": result["settings"], "folder": folder}
     title = f"--- {result['algo']}, seed {result['seed']}, d = {result['d']:,} "
     return "\n".join([title.ljust(80, "-"), *(f"{n:>16}  {text}" for n, text in shown.items())])
@@ -382,8 +384,9 @@ def stored_beside(result, path=HERE / "results" / "default.json"):
     """Mean test accuracies of other methods in the same job, if it is that of the README."""
     stored = json.loads(path.read_text()) if path.exists() else {}
     rows = [row for row in stored.get("cpu", {"rows": []})["rows"] if "settings" in row]
-    tasks = {row["settings"]: row["task"] for row in rows}
-    rows = [row for row in rows if row["task"] == tasks.get(result["settings"])]
+    rows = [row for row in rows if row["arm"] == row["algo"]]  # the others have another uplink
+    if result["settings"] not in {row["settings"] for row in rows}:
+        return {}
     others = dict.fromkeys(row["algo"] for row in rows if row["algo"] != result["algo"])
     return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in others}
 

@@ -81,6 +81,8 @@ def draw_arms(axis, table, measure):
     sns.pointplot(**like, **bar, color=GREY, marker="|", markersize=9, markeredgewidth=2)
     sns.stripplot(**like, color="black", size=4, alpha=0.6, jitter=False)
     axis.set(xlabel=MEASURES[measure][0], ylabel="")
+    if measure == "eigenvalue" and table[measure].max() > 1000 * table[measure].min() > 0:
+        axis.set_xscale("log")
     axis.grid(axis="y", visible=False)
 
 
@@ -188,6 +190,37 @@ def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eige
         page.legend(handles, splits, loc="outside upper center", ncols=len(splits), frameon=False)
         page.savefig(path, bbox_inches="tight")
         plt.close(page)
+
+
+def draw_sharpness(path, claim, table):
+    """Accuracy against the top eigenvalue: what one bit does to a method, and an ascent to that.
+
+    A colour for each of claim.families (no ascent, own, synthetic, true): an arrow leads from 2
+    bits to 1 bit, and lines from there to the three ascents. Crosses are 95 % t-intervals.
+    """
+    with plt.rc_context(STYLE | {"font.size": 10}):
+        page, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+        for family, colour in zip(claim.families, COLOURS[4:2:-1]):
+            arms = (f"{family[0]}, 2 bits", *family)
+            points = [draw_cross(axis, table, arm, colour) for arm in arms]
+            arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 6, "shrinkB": 6, "lw": 2}
+            axis.annotate("", points[1], points[0], arrowprops=arrow)
+            for point in points[2:]:
+                axis.plot(*zip(points[1], point), ":", color=colour, lw=1)
+        axis.set(xscale="log", xlabel="top eigenvalue (log scale)", ylabel="test accuracy %")
+        page.savefig(path, bbox_inches="tight")
+        plt.close(page)
+
+
+def draw_cross(axis, table, arm, colour):
+    """An arm as a point with two intervals and its label: the point."""
+    x, *x_ends = verdicts.interval(verdicts.values(table, Value(arm, "eigenvalue")))
+    y, *y_ends = verdicts.interval(verdicts.values(table, Value(arm, "accuracy")))
+    axis.plot(np.maximum(x_ends, x / 4), [y, y], color=colour, lw=0.8)
+    axis.plot([x, x], y_ends, color=colour, lw=0.8)
+    axis.plot(x, y, "o", color=colour, ms=6)
+    axis.annotate(arm, (x, y), (6, 5), textcoords="offset points", fontsize=9)
+    return x, y
 
 
 # --------------------------------------------------------------------------- all claims on one page

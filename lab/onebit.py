@@ -159,6 +159,7 @@ class Default(Claim):
     )
     columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "cos_used", "mb_up", "seconds")
     panels = ("accuracy", "test_loss", "eigenvalue")
+    pictures = {"_sharpness": figures.draw_sharpness}
     repeats, first_seed, divisible = 5, 10, True
     families = (  # no ascent; along the own, the synthetic and the true gradient
         ("fedavg", "fedsam", "fedsynsam", "oracle"),
@@ -262,7 +263,7 @@ class Descent(Default):
         "Used in the descent, too, the synthetic gradient makes FedSynSAM more accurate, with and "
         "without drift correction"
     )
-    source = "this project"
+    source, pictures = "this project", {}
     refuted = "with it FedSynSAM or FedSynSAM-D is less accurate"
     first_seed = 20
     pairs = ("fedsynsam", "fedsynsam-descent"), ("fedsynsam-d", "fedsynsam-descent+feddyn")

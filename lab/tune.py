@@ -46,6 +46,7 @@ SERVER = {"server_lr": (0.5, 1.0, 2.0)}
 GRID = {  # method: {setting: values}, two settings each
     **dict.fromkeys(("fedsam", "fedlesam", "fedlesam-server", "fedsynsam"), RADII),
     **dict.fromkeys(("oracle", "gcsam", "fedgloss", "fedwmsam"), RADII),
+    **dict.fromkeys(("fedsynsam-debiased", "fedsynsam-descent"), RADII),
     **dict.fromkeys(("gradalign", "fedga", "fedga-previous"), BETAS),
     **dict.fromkeys(("scaffold", "fedgamma", "fedlesam-s", "fedsynsam-s"), VARIATES),
     **dict.fromkeys(("fedprox", "feddyn", "fedspeed", "fedsmoo"), PROXES),

@@ -21,9 +21,8 @@ class FedSynSAM_Debiased(FedSynSAM):
     """FedSynSAM, but u keeps the batch's own part of the gradient, as FedSAM's does.
 
     Three gradients a step. The mean is over the steps of this round, the present one included.
+    `mix` has no effect: g_syn is added as it is.
     """
-
-    mix: Annotated[float, "not used here: g_syn is added as it is", 1, 1] = 1.0
 
     def first_memory(self, received):
         w = received["w"]

@@ -23,7 +23,7 @@ class SWA(FedAvg):
     One gradient a step. The clients still start from the last global model.
     """
 
-    swa_start: Annotated[int, "rounds whose models are not in the mean", 0, None] = 30
+    swa_start: Annotated[int, "rounds whose models are not in the mean", 0, None] = 40
 
     def first_state(self):
         nothing = {"rounds": 0, "mean_w": torch.zeros_like(self.task.w0)}

@@ -673,7 +673,7 @@ def test_stored_rows_give_the_stored_table(name):
     [
         (
             "default",
-            {("accuracy", -1, 0): 1, ("accuracy", 1, 0): 1, ("accuracy", 1, 2): 1},
+            {("eigenvalue", 1, 0): 2, ("eigenvalue", -1, 0): 2, ("accuracy", 1, 0): 6},
             "Holds in part",
         ),
         ("sharpness", {("excess", 1, 0): 16}, "No significant difference"),

@@ -319,17 +319,18 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     rows = [{"algo": a, "settings": a, "test_acc": x} for a, x in (("fedavg", 0.5), ("sam", 0.4))]
     rows += [{"algo": "fedavg", "settings": "x", "test_acc": 0.6}]
     rows += [{"algo": "fedsynsam", "settings": "abc", "test_acc": 0.1}]
-    rows = [row | {"task": ""} for row in rows]
-    rows += [{"algo": "fedavg", "settings": "y", "test_acc": 0.9, "task": "another"}]
-    rows += [{"task": "", "arm": "fedavg", "diverged": "round 3"}]
+    rows = [row | {"arm": row["algo"]} for row in rows]
+    rows += [{"algo": "fedavg", "settings": "y", "test_acc": 0.9, "arm": "fedavg, 2 bits"}]
+    rows += [{"arm": "fedavg", "diverged": "round 3"}]
     path = tmp_path / "default.json"
     path.write_text(json.dumps({"cpu": {"rows": rows}}))
     assert run.stored_beside(result, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
-    assert run.stored_beside(result | {"settings": "other"}, path) == {}
+    for other in ("other", "y"):
+        assert run.stored_beside(result | {"settings": other}, path) == {}
     assert run.stored_beside(result, tmp_path / "none") == {}
     path.write_text(json.dumps({"quick": {"rows": rows}}))
     assert run.stored_beside(result, path) == {}
-    assert "stored" not in run.card(result, tmp_path)
+    assert "others, stored" not in run.card(result, tmp_path)
     assert "(mean of 2 evaluations, rounds 2 to 4)" in run.card(result, tmp_path)
     assert "(round 8)" in run.card(result | {"averaged": [8]}, tmp_path)
 
@@ -754,7 +755,7 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--lr 3e36", "1e+30"),
         ("--algo fedavg fedavg", "two runs would be called fedavg-s0"),
         ("--warmup 9 --rounds 9", "below the number of rounds"),
-        ("--algo swa --rounds 20", "swa_start = 30 must be below the number of rounds, 20"),
+        ("--algo swa --rounds 20", "swa_start = 40 must be below the number of rounds, 20"),
         ("--compress topk --k 0", "k = 0"),
         ("--compress topk --k 54315", "1..54314"),
         ("--compress topk --k 2.5", "whole"),
