@@ -26,8 +26,9 @@ hooks changed, here in the order of a round:
     client   first_memory     what it remembers, before its first round
              start            where its steps begin
     K times  direction        SAM methods only: the ascent direction u                    (sam.py)
-             point            where the gradient is computed; a SAM method goes to w + e
-             correct          what is added to the gradient, as SCAFFOLD does
+             radius           SAM methods only: the length rho of e
+             point            where the gradient g is computed; a SAM method goes to w + e
+             correct          makes G of g; SCAFFOLD: g + c - c_i. Then G is clipped
              move             the step itself
              upload           what it sends
              remember         what it remembers, once it knows what the server decoded
@@ -36,14 +37,14 @@ hooks changed, here in the order of a round:
              judged           the model that is evaluated, if it is not the global one
 
 Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `exchanges`
-(names of methods, each of which ends with an upload; methods/alignment.py has one before "train"),
-`fed_back` (names of the vectors that error feedback is for).
+(names of functions of the class, each of which ends with an upload; methods/alignment.py has one
+before "train"), `fed_back` (names of the vectors that error feedback is for).
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]
     g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
     u         ascent direction of SAM                                                          [d]
-    update    end minus start of the K steps, about -K lr g: a descent direction, unlike g, u  [d]
+    update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
     lr_sum    K lr, so -update / lr_sum is a mean G; under vmap it is a tensor
     received  what a client got: `broadcast`, `broadcast_once`, the mean of an earlier exchange
     mine      what this client remembers; `point`, `move`, `upload` and `remember` return it, too
@@ -52,19 +53,21 @@ Notation
 The last four are dicts {name: tensor}.
 
 Rules for a new method
-    * Call super() in a hook and add to it; only `direction`, `point` and `move` may be replaced.
-      Then methods combine: `class FedGAMMA(FedSAM, SCAFFOLD)` needs no body. Where both parents
-      replace a hook, the left one counts.
+    * Call super() in a hook and add to it; only `direction`, `radius`, `point`, `move`, `loss` and
+      `codec` may be replaced. Then methods combine: `class FedGAMMA(FedSAM, SCAFFOLD)` needs no
+      body. Where both parents replace a hook, the left one counts.
     * Add names of your own to what is sent, collected, kept and remembered. "update" belongs to all
-      parents: FedDyn sums it up. So send or collect another vector beside it, and in `aggregate`
-      pass `mean` on to super() as it is.
+      parents: FedDyn sums it up. So send or collect another vector [d] beside it, and in
+      `aggregate` pass `mean` on to super() as it is. If `start` moves, `upload` takes that out of
+      "update".
     * On a client, never read self.state. What the server keeps reaches a client through
-      `broadcast`, so that its bytes count, and is in `received`. That is true of the round t, too:
-      keep a tensor in self.state, change it in `aggregate`, and send it.
+      `broadcast`, so that its bytes count, and is in `received`. Clients do not know t either:
+      `prepare` tells the server, which sends what depends on it. Only lr costs no bytes.
     * Never change `mine`, self.state's dict or a tensor in place; make a new one. `first_memory`
-      declares all names that `mine` will ever have.
-    * No `if` on the value of a tensor, and no `train` of your own: under vmap (scale/visits.py) all
-      clients are computed at once.
+      declares all names that `mine` will ever have, with their shapes.
+    * Under vmap (scale/visits.py) all clients are computed at once, and those with fewer steps get
+      empty batches. So no `if` on the value of a tensor, no `train` of your own, and nothing
+      that depends on len(batches).
     * lr_sum assumes that `move` is w - lr G: SCAFFOLD and FedCM do not fit other moves (Adam).
     * self.state is what a checkpoint saves of a method, so keep nothing of the server elsewhere.
 
@@ -87,6 +90,7 @@ FedSynSAM, Gu et al. 2026 (arXiv 2602.11584).
 
 import hashlib
 import inspect
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -102,7 +106,7 @@ class FedAvg:
     """Federated averaging: the local step is w <- w - lr g.
 
     `name: Annotated[type, "meaning", lowest, highest] = default` declares a setting. Both ends are
-    legal; None is no limit.
+    legal, None is no limit; run.py checks them.
     Clipping is not part of the published algorithm; without it, a few clients diverge at large lr.
     """
 
@@ -116,7 +120,8 @@ class FedAvg:
     fed_back = ("update",)  # what error feedback is for
 
     def __init__(self, task, seed=0, **settings):
-        self.task, self.seed, self.gradient_of = task, seed, autograd
+        self.task, self.seed = task, seed
+        self.gradient_of = autograd  # scale/visits.py puts one that works under vmap in its place
         known = {name for part in type(self).__mro__ for name in inspect.get_annotations(part)}
         for name, value in settings.items():
             if name not in known:
@@ -233,9 +238,10 @@ class SCAFFOLD(FedAvg):
 
     Without clipping and weight decay, and with variate = 1, -update / lr_sum is the mean of the K
     directions g + c - c_i, so c_i' is the mean of the K gradients g. c is always the mean of the
-    c_i of all N clients.
-    Error feedback is for the update only. If compression makes c_i wrong by some error, then the
-    next c_i' - c_i repairs it, since it is computed from that c_i.
+    c_i of all N clients, weighted as `average` says.
+    Between 0 and 1, variate delays the correction: c - c_i grows until variate makes up for it.
+    Error feedback is for the update only. An error that compression makes in c_i is repaired in
+    the next round, since the update then contains c - c_i.
     """
 
     variate: Annotated[float, "factor of c - c_i; 0: no correction", 0, None] = 1.0
@@ -270,7 +276,7 @@ class SCAFFOLD(FedAvg):
 class FedSAM(FedAvg):
     """FedAvg, but the gradient is computed at w + rho u / ||u||, where u is the gradient at w.
 
-    Two gradients a step. u increases F_i, not F.
+    Two gradients a step. u increases F_i, and may decrease F.
     """
 
     rho: Annotated[float, "radius of the ascent step", 0, None] = 0.1
@@ -279,9 +285,13 @@ class FedSAM(FedAvg):
         """The ascent direction u [d] at w [d]."""
         return self.gradient(w, batch)
 
+    def radius(self, received):
+        """The length of the ascent step."""
+        return self.rho
+
     def point(self, w, batch, received, mine):
         u = self.direction(w, batch, received, mine)
-        return sam.perturb(w, u, self.rho), mine
+        return sam.perturb(w, u, self.radius(received)), mine
 
 
 class FedLESAM(FedSAM):
@@ -333,7 +343,7 @@ class Distilling(FedAvg, synth.Synthesis):
     def learn_synthetic_data(self, t):
         trajectory, generator = self.state["trajectory"], rng(self.seed, "synthesis", t)
         data, losses = synth.synthesize(self.task, trajectory, self, generator)
-        last = losses[-20:]
+        last = [x for x in losses[-20:] if math.isfinite(x)]  # the others were left out
         learnt = {"X": data.images, "Y": data.logits, "matching": sum(last) / len(last)}
         kept = trajectory if self.resynthesize else []
         self.state = self.state | learnt | {"trajectory": kept}

@@ -6,7 +6,8 @@ many to store, but a product H v costs only about two gradients (`hessian_vector
 products give the largest eigenvalue (`largest_eigenvalue`).
 
 SAM looks for weights whose whole neighbourhood has a low loss:  min_w  max_{||e|| <= rho} F(w + e).
-A gradient u at w says where the loss rises fastest, so each step takes its gradient there:
+A gradient u at w is the direction in which the loss rises fastest, so each step takes its gradient
+a little way along it:
 
     e = rho u / ||u||             u [d]: the ascent direction            Foret et al. 2021, eq. (2)
     w <- w - lr grad F(w + e)                                            Foret et al. 2021, eq. (3)
@@ -107,8 +108,9 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
 
     Lanczos iteration: q_0, q_1, ... is an orthonormal basis of span{v, H v, H^2 v, ...}, and in
     this basis H is a tridiagonal matrix T. The largest eigenvalue of T tends to that of H. It stops
-    when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs to it. A rule
-    that looks at the value alone may stop at a smaller eigenvalue.
+    when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs to it, or after
+    `steps` products, and keeps steps * d numbers. A small residual says that an eigenvalue is near;
+    that it is the largest is likely, since the start is random, and not certain.
     like [d] gives type and device of v.
 
     "Largest" respects the sign: -3 is smaller than 1. PyHessian's power iteration reports the
@@ -124,7 +126,7 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
         if not r.isfinite().all():
             raise FloatingPointError("a product with the Hessian is not finite")
         diagonal.append(q @ r)
-        for _ in range(2):  # twice is enough; without it, rounding destroys the orthogonality
+        for _ in range(2):  # twice is enough, once is not: rounding destroys the orthogonality
             r = r - basis[: j + 1].T @ (basis[: j + 1] @ r)
         off_diagonal.append(r.norm())
         values, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal[:-1]))

@@ -1,7 +1,7 @@
 """Synthetic data: a few images on which training takes the same path as the federation did.
 
 The server of a federation sees no images. But it sees its own model move, w^0, w^1, w^2, ..., and
-this trajectory was made by the images of all clients. Trajectory matching looks for synthetic data
+this trajectory was made by the images of the clients. Trajectory matching looks for synthetic data
 D = (X, Y) on which plain gradient descent follows a piece of the trajectory:
 
     theta_0 = w^p                                      p is drawn at random
@@ -10,8 +10,8 @@ D = (X, Y) on which plain gradient descent follows a piece of the trajectory:
 
 The target lies `window` rounds ahead, or is a mean of snapshots until then (`draw_segment`). Adam
 moves the images X [n, C, H, W], the label logits Y [n, classes] and the step size a along -grad L,
-with gradients through all M inner steps (`synthesize`). L = 1 means that training on D comes no
-nearer to the target, L = 0 that it leads exactly there.
+with gradients through all M inner steps (`synthesize`); a hardly moves at its rate of 1e-5. L = 1
+means that training on D comes no nearer to the target, L = 0 that it leads exactly there.
 
     DynaFed      the server trains every new global model on D                  (`finetune`)
     FedSynSAM    the clients take the gradient of `synthetic_loss` as an estimate of the gradient
@@ -143,8 +143,8 @@ def synthesize(task, trajectory, settings, generator):
     def loss_of(synthetic, _):
         start, target = draw_segment(trajectory, c.window, c.average_targets, generator)
         X, Y, a = synthetic
-        looks = (augmented(X, generator) if c.syn_augment else X for _ in range(c.inner_steps))
-        return matching_loss(unroll(apply, start, ((x, Y) for x in looks), a), start, target)
+        views = (augmented(X, generator) if c.syn_augment else X for _ in range(c.inner_steps))
+        return matching_loss(unroll(apply, start, ((x, Y) for x in views), a), start, target)
 
     guess = first_guess(c, task.image_shape, task.classes, generator, trajectory[0])
     rates = (c.rate_images, c.rate_labels, c.rate_step)
@@ -155,7 +155,7 @@ def learn(loss_of, guess, steps, rates):
     """Adam on X, Y and a with three rates: (Synthetic, values [steps] of loss_of(Synthetic, s)).
 
     A step whose loss or gradient is not finite is left out and a is halved. After ten such steps in
-    a row, or if all fail, FloatingPointError is raised. (The source leaves this open.)
+    a row, or if all fail, FloatingPointError is raised. DynaFed leaves this open.
     """
     learnt = Synthetic(*(x.clone().requires_grad_() for x in guess))
     adam = torch.optim.Adam([{"params": [x], "lr": rate} for x, rate in zip(learnt, rates)])
@@ -222,7 +222,7 @@ def color(x, uniform):
 
 
 def cutout(x, uniform):
-    """A square of half the side becomes 0; it may stand over the edge."""
+    """A square of half the side becomes 0; it may reach over the edge."""
     row, column = (band(side, (uniform(1) * side).floor(), x.device) for side in x.shape[2:])
     return x * ~(row[:, None, :, None] & column[:, None, None, :])
 
@@ -235,7 +235,7 @@ def band(side, middle, device):
 
 
 def crop(x, uniform):
-    """Shift by up to an eighth of the side, in both directions."""
+    """Shift by up to an eighth of the side, height and width independently."""
     A = identities(x)
     A[:, :, 2] = (2 * uniform(2) - 1) * 0.25  # the side has length 2 in affine_grid
     return resample(x, A)
@@ -249,7 +249,7 @@ def flip(x, uniform):
 
 
 def scale(x, uniform):
-    """Stretch by 1/1.2 to 1.2, in both directions on their own."""
+    """Stretch by 1/1.2 to 1.2, height and width independently."""
     A = identities(x)
     A[:, [0, 1], [0, 1]] = 1.2 ** (2 * uniform(2) - 1)
     return resample(x, A)

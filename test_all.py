@@ -1228,6 +1228,19 @@ def test_fl_dynafed_trains_each_new_model_on_the_synthetic_data():
     assert after < before
 
 
+def test_fl_steps_of_the_synthesis_that_failed_do_not_count_for_the_matching_loss(monkeypatch):
+    federation, real = fl_federation(DynaFed), synth.synthesize
+
+    def partly_failed(*arguments):
+        data, losses = real(*arguments)
+        return data, [0.5, math.nan, 0.25, math.inf]
+
+    monkeypatch.setattr(synth, "synthesize", partly_failed)
+    for _ in range(3):
+        federation.round()
+    assert federation.method.state["matching"] == 0.375
+
+
 def test_fl_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="window = 3 is longer than the warmup = 2"):
         fl_federation(DynaFed, window=3)

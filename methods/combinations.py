@@ -102,8 +102,8 @@ class FedSMOO(FedSpeed):
 
     def point(self, w, batch, received, mine):
         u = self.direction(w, batch, received, mine)
-        mu_i = mine["mu_i"] + (self.rho * sam.unit(u) - received["s"])
-        return sam.perturb(w, u, self.rho), mine | {"mu_i": mu_i}
+        mu_i = mine["mu_i"] + (self.radius(received) * sam.unit(u) - received["s"])
+        return sam.perturb(w, u, self.radius(received)), mine | {"mu_i": mu_i}
 
     def upload(self, w, received, mine, lr_sum):
         sent, mine = super().upload(w, received, mine, lr_sum)

@@ -541,6 +541,20 @@ def test_gcsam_never_moves_the_mean_weight_into_a_unit():
     assert torch.equal(run(GCSAM, task).w, run(FedSAM, task).w)
 
 
+def test_the_radius_is_a_hook():
+    class Shrinking(FedSAM):
+        def broadcast(self, w):
+            return super().broadcast(w) | {"shrunk": torch.tensor(0.5, dtype=f64)}
+
+        def radius(self, received):
+            return self.rho * received["shrunk"]
+
+    for M in (FedSAM, FedASAM, GCSAM, FedSynSAM_Debiased, FedSynSAM_D):  # FedSMOO's server: rho
+        Both = type("Both", (Shrinking, M), {}) if M is not FedSAM else Shrinking
+        assert near(run(Both, rho=0.2).w, run(M, rho=0.1).w)
+        assert not near(run(Both, rho=0.2).w, run(M, rho=0.2).w)
+
+
 def test_the_oracle_is_fedsynsam_whose_synthetic_images_are_those_it_peeks_at():
     f, g = started(Oracle), started(FedSynSAM, mix=1.0, warmup=10)
     x, y, _ = f.task.examples(f.method.peeked)
