@@ -6,10 +6,10 @@
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
 some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
 arms whose labels begin so, and keeps the stored rows of the others. It is for the claims of which
-a part can be judged: default, remedy, skew, whose, corrected, photographs, overfit. The command
-may be stopped and given again, and given twice at once to share the runs (study.py). It writes
-results/NAME.json and NAME.png and prints the table, all comparisons, and the verdict (verdicts.py);
-`python -m lab.report` writes results/README.md.
+a part can be judged: default, descent, remedy, skew, whose, corrected, overfit, photographs. The
+command may be stopped and given again, and given twice at once to share the runs (study.py). It
+writes results/NAME.json and NAME.png and prints the table, all comparisons, and the verdict
+(verdicts.py); `python -m lab.report` writes results/README.md.
 
     default      the table of the README
     sharpness    compression makes the global landscape sharper, more so when clients differ
