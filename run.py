@@ -68,6 +68,7 @@ from plumbing.settings import (
     PLACES,
     Parser,
     add_flag,
+    changes_seconds,
     check,
     find,
     name_of,
@@ -361,8 +362,8 @@ SHOWN = {  # on the card and in the table: key of the result, factor, digits
 }
 
 
-def card(result, folder):
-    """The result of a run as text."""
+def card(result, settings, folder):
+    """The result of a run with these settings as text."""
     shown = {n: f"{f * result[key]:.{digits}f}" for n, (key, f, digits) in SHOWN.items()}
     rounds = result["averaged"]
     averaged = f"mean of {len(rounds)} evaluations, rounds {rounds[0]} to {rounds[-1]}"
@@ -371,23 +372,26 @@ def card(result, folder):
     shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
     if result["matching_loss"] is not None:
         shown["matching loss"] = f"{result['matching_loss']:.3f}   (1: nothing learnt, 0: all)"
-    beside = stored_beside(result)
+    beside = stored_beside(settings)
     if beside:
-        words = ", ".join(f"{algo} {100 * x:.1f}" for algo, x in beside.items())
-        shown["others, stored"] = ("\n" + 18 * " ").join(textwrap.wrap(words, 62))
+        words = ", ".join(f"{algo}~{100 * x:.1f}" for algo, x in beside.items())
+        lines = textwrap.wrap(words, 62)
+        shown["others, stored"] = ("\n" + 18 * " ").join(lines).replace("~", " ")
     shown |= {"settings": result["settings"], "folder": folder}
     title = f"--- {result['algo']}, seed {result['seed']}, d = {result['d']:,} "
     return "\n".join([title.ljust(80, "-"), *(f"{n:>16}  {text}" for n, text in shown.items())])
 
 
-def stored_beside(result, path=HERE / "results" / "default.json"):
-    """Mean test accuracies of other methods in the same job, if it is that of the README."""
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    rows = [row for row in stored.get("cpu", {"rows": []})["rows"] if "settings" in row]
-    rows = [row for row in rows if row["arm"] == row["algo"]]  # the others have another uplink
-    if result["settings"] not in {row["settings"] for row in rows}:
+def stored_beside(settings, path=HERE / "results" / "default.json"):
+    """Mean test accuracies of other methods in the README's job, if these settings are of it."""
+    stored = json.loads(path.read_text()).get("cpu") if path.exists() else None
+    if not stored:
         return {}
-    others = dict.fromkeys(row["algo"] for row in rows if row["algo"] != result["algo"])
+    job = stored["defaults"] | {name: settings[name] for name in ("algo", "seed")}
+    if any(settings.get(k, x) != x for k, x in job.items() if not changes_seconds(k)):
+        return {}
+    rows = [r for r in stored["rows"] if r["arm"] == r.get("algo")]  # others: another uplink
+    others = dict.fromkeys(r["algo"] for r in rows if r["algo"] != settings["algo"])
     return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in others}
 
 
@@ -554,7 +558,7 @@ def main(argv=None):
         (settings,) = runs.values()
         outcome = experiment(folder, **settings)
         if first_rank():
-            say(card(outcome.result, folder))
+            say(card(outcome.result, settings, folder))
         return 0
     except (ValueError, IsADirectoryError) as error:
         complain(error)

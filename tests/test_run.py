@@ -316,23 +316,27 @@ def test_run_a_setting_with_the_name_of_another_one_is_refused(tmp_path):
 def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp_path):
     result = {"algo": "fedsynsam", "settings": "abc", "seed": 0, "d": 9, "averaged": [2, 4]}
     result |= {key: 0.5 for key, *_ in run.SHOWN.values()} | {"bits": 2.0, "matching_loss": None}
-    rows = [{"algo": a, "settings": a, "test_acc": x} for a, x in (("fedavg", 0.5), ("sam", 0.4))]
-    rows += [{"algo": "fedavg", "settings": "x", "test_acc": 0.6}]
-    rows += [{"algo": "fedsynsam", "settings": "abc", "test_acc": 0.1}]
-    rows = [row | {"arm": row["algo"]} for row in rows]
-    rows += [{"algo": "fedavg", "settings": "y", "test_acc": 0.9, "arm": "fedavg, 2 bits"}]
-    rows += [{"arm": "fedavg", "diverged": "round 3"}]
-    path = tmp_path / "default.json"
-    path.write_text(json.dumps({"cpu": {"rows": rows}}))
-    assert run.stored_beside(result, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
-    for other in ("other", "y"):
-        assert run.stored_beside(result | {"settings": other}, path) == {}
-    assert run.stored_beside(result, tmp_path / "none") == {}
+    rows = [{"algo": a, "arm": a, "test_acc": x} for a, x in (("fedavg", 0.5), ("sam", 0.4))]
+    rows += [{"algo": "fedavg", "arm": "fedavg", "test_acc": 0.6}]
+    rows += [{"algo": "fedsynsam", "arm": "fedsynsam", "test_acc": 0.1}]
+    rows += [{"algo": "fedavg", "arm": "fedavg, 2 bits", "test_acc": 0.9}]
+    rows += [{"arm": "sam", "diverged": "round 3"}]
+    path, defaults = tmp_path / "default.json", run.resolve()
+    path.write_text(json.dumps({"cpu": {"rows": rows, "defaults": defaults}}))
+    settings = defaults | {"seed": 7, "visit": "plain"}
+    assert run.stored_beside(settings, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
+    mine = run.resolve(algo="fedprox")  # a setting that the stored runs do not have
+    assert list(run.stored_beside(mine, path)) == ["fedavg", "sam", "fedsynsam"]
+    for other in ({"lr": 0.2}, {"compress": "qsgd"}, {"rho": 0.05}):
+        assert run.stored_beside(settings | other, path) == {}
+    assert run.stored_beside(settings, tmp_path / "none") == {}
     path.write_text(json.dumps({"quick": {"rows": rows}}))
-    assert run.stored_beside(result, path) == {}
-    assert "others, stored" not in run.card(result, tmp_path)
-    assert "(mean of 2 evaluations, rounds 2 to 4)" in run.card(result, tmp_path)
-    assert "(round 8)" in run.card(result | {"averaged": [8]}, tmp_path)
+    assert run.stored_beside(settings, path) == {}
+    shown = run.card(result, settings, tmp_path)
+    assert "others, stored  fedavg" in shown and max(map(len, shown.splitlines())) < 90
+    assert "others, stored" not in run.card(result, settings | {"lr": 0.2}, tmp_path)
+    assert "(mean of 2 evaluations, rounds 2 to 4)" in shown
+    assert "(round 8)" in run.card(result | {"averaged": [8]}, settings, tmp_path)
 
 
 def test_run_quick_leaves_given_settings_alone():
