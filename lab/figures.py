@@ -172,34 +172,43 @@ def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eige
 
     An arm that is eight times farther away than most would leave no room: it is named instead.
     """
+    gains = {arm: gain_of(claim, table, arm, gain) for arm in dict.fromkeys(table.arm)}
+    far = 8 * np.median([abs(y) for y, *_ in gains.values()])
+    left_out = [f"{arm} ({y:+.2f})" for arm, (y, *_) in gains.items() if abs(y) > far > 0]
+    seen = {arm: ends for arm, ends in gains.items() if not abs(ends[0]) > far > 0}
+    splits = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm))
+    colours = dict(zip(splits, COLOURS))
     with plt.rc_context(STYLE | {"font.size": 10}):
         page, axes = plt.subplots(1, len(against), figsize=(12, 5), layout="constrained")
-        splits = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm))
-        gains = {arm: gain_of(claim, table, arm, gain) for arm in dict.fromkeys(table.arm)}
-        far = 8 * np.median([abs(y) for y, *_ in gains.values()])
-        left_out = [f"{a} ({y:+.2f})" for a, (y, *_) in gains.items() if abs(y) > far > 0]
-        variants = getattr(claim, "estimates", {})  # better and worse syntheses
         for axis, measure in zip(axes, against):
-            for arm, (y, low, high) in gains.items():
-                split, name = arm.split(", ")
-                colour = COLOURS[splits.index(split)]
+            for arm, ends in seen.items():
                 x = verdicts.values(table, Value(arm, measure)).mean()
-                if abs(y) > far > 0 or np.isnan(x):
-                    continue
-                axis.vlines(x, low, high, color=colour, lw=1)
-                axis.plot(x, y, "o", color=colour, ms=5)
-                words = "" if name in variants else name.split(" (")[0]
-                axis.annotate(words, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+                draw_gain(axis, x, ends, colours[arm.split(", ")[0]], words_of(claim, arm))
             axis.axhline(0, color="black", lw=0.8)
             title = "cosine to the true gradient" if measure == "cos_used" else MEASURES[measure][0]
             axis.set(xlabel=title, ylabel=f"{MEASURES[gain][0]}, minus FedAvg's")
-        handles = [plt.Line2D([], [], color=c, marker="o", ls="") for c in COLOURS[: len(splits)]]
+        handles = [plt.Line2D([], [], color=c, marker="o", ls="") for c in colours.values()]
         page.legend(handles, splits, loc="outside upper center", ncols=len(splits), frameon=False)
         below = ["out of the picture: " + ", ".join(left_out)] if left_out else []
-        below += ["without a name: other syntheses"] if variants else []
+        below += ["without a name: other syntheses"] if hasattr(claim, "estimates") else []
         page.supxlabel("; ".join(below), fontsize=9)
         page.savefig(path, bbox_inches="tight")
         plt.close(page)
+
+
+def draw_gain(axis, x, ends, colour, words):
+    """A point at x with its interval (y, low, high); none if x is nan."""
+    y, low, high = ends
+    if not np.isnan(x):
+        axis.vlines(x, low, high, color=colour, lw=1)
+        axis.plot(x, y, "o", color=colour, ms=5)
+        axis.annotate(words, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+
+
+def words_of(claim, arm):
+    """How an arm is called in a picture; a claim's other syntheses, which lie close, are not."""
+    name = arm.split(", ")[1]
+    return "" if name in getattr(claim, "estimates", ()) else name.split(" (")[0]
 
 
 def gain_of(claim, table, arm, measure):
