@@ -223,6 +223,7 @@ plt.show()
 
 # %%
 TEN = SMALL | {"clients": 10, "participation": 10, "local_steps": 10, "partition": "iid"}
+TEN |= {"algo": "fedavg", "rounds": rounds(30)}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
 for feedback, colour, label in (("off", RED, "top-k"), ("on", BLUE, "top-k, error feedback")):
     norms = []
@@ -232,13 +233,12 @@ for feedback, colour, label in (("off", RED, "top-k"), ("on", BLUE, "top-k, erro
         residuals = [x for name, x in kept if name.startswith("residual")]
         norms.append(float(torch.stack(residuals).norm(dim=1).mean()))
 
-    sparse = {"compress": "topk", "k": 0.001, "error_feedback": feedback, "rounds": rounds(30)}
-    seen = watch if feedback == "on" else None
-    outcome = run.experiment(**TEN, **sparse, algo="fedavg", watch=seen)
+    sparse = TEN | {"compress": "topk", "k": 0.001, "error_feedback": feedback}
+    outcome = run.experiment(**sparse, watch=watch if feedback == "on" else None)
     left.plot(*curve(outcome), color=colour, label=label)
     if feedback == "on":
         right.plot(range(1, len(norms) + 1), norms, color=colour)
-full = run.experiment(**TEN, algo="fedavg", compress="identity", rounds=rounds(30))
+full = run.experiment(**TEN | {"compress": "identity"})
 left.plot(*curve(full), color=BLACK, ls=":", label="not compressed, 500 times the bytes")
 left.set(xlabel="round", ylabel="test accuracy (%)")
 left.legend(fontsize=8)
