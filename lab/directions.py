@@ -12,9 +12,8 @@ All are FedSAM, the gradient at w + rho u / ||u||, with another u:
     Projected        the own gradient without its part against g_syn
     OncePerRound     g_syn at w^t, the same in all steps of a round, made at the server
 
-g_syn is the gradient on FedSynSAM's synthetic images. Two trials that won are methods now
-(methods/ours.py). The others run in the plain loop and in
-threads; WholeClient and Random do not run under vmap.
+g_syn is the gradient on FedSynSAM's synthetic images. All run in the plain loop and in threads;
+WholeClient and Random do not run under vmap. Two trials that won are methods now (methods/ours.py).
 """
 
 import torch

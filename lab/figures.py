@@ -173,9 +173,9 @@ def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eige
     An arm that is eight times farther away than most would leave no room: it is named instead.
     """
     gains = {arm: gain_of(claim, table, arm, gain) for arm in dict.fromkeys(table.arm)}
-    far = 8 * np.median([abs(y) for y, *_ in gains.values()])
-    left_out = [f"{arm} ({y:+.2f})" for arm, (y, *_) in gains.items() if abs(y) > far > 0]
-    seen = {arm: ends for arm, ends in gains.items() if not abs(ends[0]) > far > 0}
+    far = 8 * np.median([abs(y) for y, *_ in gains.values()]) or np.inf
+    left_out = [f"{arm} ({y:+.2f})" for arm, (y, *_) in gains.items() if abs(y) > far]
+    seen = {arm: ends for arm, ends in gains.items() if not abs(ends[0]) > far}
     splits = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm))
     colours = dict(zip(splits, COLOURS))
     with plt.rc_context(STYLE | {"font.size": 10}):

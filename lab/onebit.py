@@ -21,6 +21,7 @@ class Compressed(Sharpness):
     repeats = 5
     uplinks = {name: UPLINKS[name] for name in UPLINKS if name != "top 5 %"}
     uplinks |= {"1 bit": {"compress": "sign", "error_feedback": "off"}}
+    rhythm = {"quick": (1, 2), "cpu": (5, 40), "gpu": (50, 150)}  # rounds: every so many; mean from
 
     def job(self):
         """What all arms have in common."""
@@ -36,7 +37,7 @@ class Compressed(Sharpness):
         return found | fed_back
 
     def watch(self, task):
-        every, late = {"quick": (1, 2), "cpu": (5, 40), "gpu": (50, 150)}[self.size]
+        every, late = self.rhythm[self.size]
         return {"every": every, "names": ["eigenvalue", "mean_model"], "mean_from": late}
 
     def measures(self, seed):
@@ -59,6 +60,7 @@ class Photographs(Compressed):
 
     says = "On photographs, where training overfits, compression makes the global landscape sharper"
     repeats, first_seed, divisible, sizes = 3, 2, True, ("quick", "cpu")
+    rhythm = {"quick": (1, 2), "cpu": (20, 60)}
 
     def check(self):
         super().check()
@@ -67,10 +69,6 @@ class Photographs(Compressed):
     def job(self):
         own = {"algo": "fedavg", "alpha": 0.1}
         return own | self.on_cpu(lr=0.1, **PHOTOGRAPHS)
-
-    def watch(self, task):
-        every, late = (1, 2) if self.size == "quick" else (20, 60)
-        return {"every": every, "names": ["eigenvalue", "mean_model"], "mean_from": late}
 
 
 class Remedy(Compressed):
@@ -175,15 +173,11 @@ class Default(Claim):
         found = {algo: {"algo": algo, "compress": "sign"} for algo in algos}
         for algo in ("oracle", "oracle+feddyn"):
             found[algo] |= self.on_cpu(oracle_images=100)
-        two_bits = {f"{algo}, 2 bits": {"algo": algo} | UPLINKS["2 bits"] for algo in self.plain()}
-        return found | two_bits
+        for algo, *_ in self.families:
+            found[f"{algo}, 2 bits"] = {"algo": algo} | UPLINKS["2 bits"]
+        return found
 
-    def plain(self):
-        return [family[0] for family in self.families]
-
-    def watch(self, task):
-        every, mean_from = (2, 2) if self.size == "quick" else (40, 40)
-        return {"every": every, "names": ["alignment", "mean_model"], "mean_from": mean_from}
+    watch = Skew.watch
 
     def rules(self, table):
         found = []

@@ -549,10 +549,28 @@ def test_the_radius_is_a_hook():
         def radius(self, received):
             return self.rho * received["shrunk"]
 
-    for M in (FedSAM, FedASAM, GCSAM, FedSynSAM_Debiased, FedSynSAM_D):  # FedSMOO's server: rho
+    # Not FedSMOO: the s of its server does not know the radius of the clients.
+    for M in (FedSAM, FedASAM, GCSAM, FedSynSAM_Debiased, FedSynSAM_D):
         Both = type("Both", (Shrinking, M), {}) if M is not FedSAM else Shrinking
         assert near(run(Both, rho=0.2).w, run(M, rho=0.1).w)
         assert not near(run(Both, rho=0.2).w, run(M, rho=0.2).w)
+
+
+@pytest.mark.parametrize("variate", [1.0, 0.5])
+def test_a_small_variate_only_delays_the_correction_of_scaffold(variate):
+    """Linear losses <a_i, w>: c - c_i ends at (mean of a - a_i) / variate, so G is that mean."""
+    a = normal(5, 51, seed=7)
+
+    class Lines(Linear):
+        def loss(self, w, batch):
+            i = int(batch[0, 0])
+            return a[next(k for k, images in enumerate(self.images) if i in images)] @ w
+
+    f = started(SCAFFOLD, Lines(), m=5, variate=variate, clip=0.0)
+    for _ in range(60):
+        f.round()
+    for i, mine in f.memory.items():
+        assert near(a[i] + variate * (f.method.state["c"] - mine["c_i"]), a.mean(0), 1e-9)
 
 
 def test_the_oracle_is_fedsynsam_whose_synthetic_images_are_those_it_peeks_at():

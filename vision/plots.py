@@ -90,13 +90,14 @@ def band(axis, x, y, label, n):
 
 
 def zoom(axis, values, label):
-    """Methods differ near the best value: leave out what the first rounds do."""
+    """Good methods differ near the best value: then leave out what the first rounds do."""
     if not values:
         return
     if label == "training loss":
         axis.set_ylim(0, max(4 * min(values), 1e-3))
     else:
-        axis.set_ylim(max(0, max(values) - 25), min(100.5, max(values) + 2))
+        best = max(values)
+        axis.set_ylim(best - 25 if best > 75 else 0, min(100.5, best + 2))
 
 
 # -------------------------------------------------------------------------------- synthetic images
