@@ -56,9 +56,7 @@ class Claim:
     def check(self):
         """Before the runs: ValueError if something is missing, or stored rows would be lost."""
         if self.only.pattern and not self.divisible:
-            raise ValueError(
-                f"{self.name} is judged as a whole; lab/claims.py says which claims --only is for"
-            )
+            raise ValueError(f"{self.name} is judged as a whole, so it takes no --only")
         coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
         rows = [study.plain(row) for row in self.stored().get("rows", ())]
         before = {(row["arm"], row["seed"]) for row in rows}

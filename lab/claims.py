@@ -5,11 +5,10 @@
 
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose and overfit
 some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
-arms whose labels begin so, and keeps the stored rows of the others. It is for the claims of which
-a part can be judged: default, descent, remedy, skew, whose, corrected, overfit, photographs. The
-command may be stopped and given again, and given twice at once to share the runs (study.py). It
-writes results/NAME.json and NAME.png and prints the table, all comparisons, and the verdict
-(verdicts.py); `python -m lab.report` writes results/README.md.
+arms whose labels begin so, and keeps the stored rows of the others; claims of which no part can be
+judged refuse it. The command may be stopped and given again, and given twice at once to share the
+runs (study.py). It writes results/NAME.json and NAME.png and prints the table, all comparisons, and
+the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
 
     default      the table of the README
     sharpness    compression makes the global landscape sharper, more so when clients differ
@@ -28,6 +27,7 @@ writes results/NAME.json and NAME.png and prints the table, all comparisons, and
     overfit      the same directions where training overfits, on photographs
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the default job
+    radius       the default job with a radius of its own for each direction
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
 project in ours.py and onebit.py.
@@ -43,7 +43,7 @@ from plumbing.settings import HERE
 KINDS = (onebit.Default, papers.Sharpness, onebit.Compressed, onebit.Remedy, papers.Alignment)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
 KINDS += (ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit, onebit.Photographs)
-KINDS += (onebit.Descent,)
+KINDS += (onebit.Descent, onebit.Radius)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

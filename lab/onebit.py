@@ -276,3 +276,65 @@ class Descent(Default):
 
     def baseline(self, arm):
         return "fedsynsam-d" if arm.endswith("+feddyn") else "fedsynsam"
+
+
+class Radius(Claim):
+    """The default job with a radius of its own for every direction, and fresh seeds.
+
+    The radius is found on validation images with five seeds (`--tune`). The learning rate is 0.1
+    for all: a search for that needs more seeds (`skew` in results/README.md).
+    """
+
+    says = (
+        "On the default job, with a radius of its own for each direction, the client's own "
+        "gradient is worth least, the synthetic one more, the true one most"
+    )
+    source = Default.source
+    refuted = (
+        "the synthetic gradient makes FedAvg sharper or less accurate; or it is less accurate than "
+        "the own gradient, or more than the true one"
+    )
+    columns, panels = Default.columns, Default.panels
+    repeats, first_seed, divisible, sizes = 5, 30, True, ("quick", "cpu")
+    none, own, synthetic, true = Default.families[0]
+    grid = {"rho": (0.03, 0.1, 0.3)}
+
+    tasks, watch = Default.tasks, Skew.watch
+
+    def check(self):
+        super().check()
+        missing = [algo for _, algo in self.searches() if not self.radius(algo)]
+        if missing and self.size == "cpu":
+            raise ValueError(f"{missing[0]} is not tuned; python -m lab.claims radius --tune")
+
+    def radius(self, algo):
+        """What the search found, as a setting; {} if there was none."""
+        return tune.winner(self.results / "tuned.json", self.size, "one bit", algo) or {}
+
+    def plain_arms(self):
+        """The arms before the search."""
+        found = Default(self.size).arms("")
+        return {algo: found[algo] for algo in (self.none, self.own, self.synthetic, self.true)}
+
+    def arms(self, task):
+        return {algo: settings | self.radius(algo) for algo, settings in self.plain_arms().items()}
+
+    def searches(self):
+        (common,) = self.tasks().values()
+        return {
+            ("one bit", algo): (study.fitting(common, settings), self.grid, 5)
+            for algo, settings in self.plain_arms().items()
+            if algo != self.none
+        }
+
+    def rules(self, table):
+        found = [
+            rule("synthetic minus none", self.synthetic, self.none, "eigenvalue", -1),
+            rule("synthetic minus none", self.synthetic, self.none, "accuracy"),
+            rule("synthetic minus own", self.synthetic, self.own, "accuracy"),
+            rule("true minus synthetic", self.true, self.synthetic, "accuracy"),
+        ]
+        for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
+            shown = (self.own, self.synthetic, self.true)
+            found += [rule("minus none", arm, self.none, measure, 0) for arm in shown]
+        return found
