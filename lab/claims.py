@@ -25,6 +25,7 @@ the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
     whose        whose gradient, or which batch? Trial directions in the default job
     corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
+    cifar        the same with all 50,000 images of CIFAR-10, for a GPU
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the default job
     radius       the default job with a radius of its own for each direction
@@ -43,7 +44,7 @@ from plumbing.settings import HERE
 KINDS = (onebit.Default, papers.Sharpness, onebit.Compressed, onebit.Remedy, papers.Alignment)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
 KINDS += (ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit, onebit.Photographs)
-KINDS += (onebit.Descent, onebit.Radius)
+KINDS += (ours.Cifar, onebit.Descent, onebit.Radius)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

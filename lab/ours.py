@@ -212,7 +212,7 @@ class Overfit(Skew):
     pictures = {"_against": functools.partial(figures.draw_against, gain="test_loss")}
     splits = {name: Skew.splits[name] for name in ("Dir 0.1", "two classes")}
     hard, tuned_on, gentler, repeats, first_seed = tuple(splits), (), (), 3, 2
-    sizes = study.SIZES
+    sizes, late = ("quick", "cpu"), 60
     directions = Skew.directions | {
         "another batch": {"algo": "lab/directions.py:AnotherBatch"},
         "debiased": {"algo": "fedsynsam-debiased"},
@@ -229,14 +229,24 @@ class Overfit(Skew):
 
     def settings(self, split, name):
         own = super().settings(split, name)
-        if self.size == "quick":
-            return own
-        all_of_them = {"dataset": "cifar10", "rounds": 400} if self.size == "gpu" else {}
-        return own | PHOTOGRAPHS | all_of_them
+        return own if self.size == "quick" else own | PHOTOGRAPHS
 
     def watch(self, task):
-        late = {"quick": 2, "cpu": 60, "gpu": 200}[self.size]
+        late = 2 if self.size == "quick" else self.late
         return super().watch(task) | {"every": 2 * late, "mean_from": late}
+
+
+class Cifar(Overfit):
+    """Overfit with all 50,000 images, 400 rounds, and six of the directions: for a GPU."""
+
+    splits = {"Dir 0.1": Skew.splits["Dir 0.1"]}
+    hard, sizes, late = ("Dir 0.1",), ("quick", "gpu"), 200
+    named = ("fedavg", "own (FedSAM)", "synthetic (FedSynSAM)", "true (oracle)")
+    directions = {name: Overfit.directions[name] for name in (*named, "another batch", "debiased")}
+
+    def settings(self, split, name):
+        own = super().settings(split, name)
+        return own if self.size == "quick" else own | {"dataset": "cifar10", "rounds": 400}
 
 
 class Corrected(Skew):
