@@ -24,15 +24,12 @@ never that of its best round. Exit codes: 0 done, 1 a run failed, 2 wrong input,
 """
 
 import argparse
-import contextlib
-import inspect
 import json
 import math
 import os
 import signal
 import statistics
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -63,20 +60,19 @@ from plumbing.folder import (
     write_json,
 )
 from plumbing.settings import (
-    HERE,
-    MACHINE,
     PLACES,
     Parser,
     add_flag,
-    changes_seconds,
     check,
     find,
     name_of,
-    parts,
     settings_of,
+    tenth,
     who_has,
 )
+from plumbing.terminal import card, complain, explained, listing, say, table
 from scale import faults, visits
+from scale.machine import MACHINE, device_of, visitor_of
 from vision import data, models, plots, split, task
 
 # ---------------------------------------------------------------------------------- the settings
@@ -133,22 +129,7 @@ def resolve(**given):
 
 def quick(settings, given=()):
     """The same job with a tenth of the rounds, but for settings that were given."""
-    least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
-    least |= {"swa_start": 0}
-    small = {"last": 1} | {
-        name: max(low, round(settings[name] / 10))
-        for name, low in least.items()
-        if name in settings
-    }
-    rounds = settings["rounds"] if "rounds" in given else small["rounds"]
-    if "swa_start" in settings:
-        small["swa_start"] = min(small["swa_start"], rounds - 1)
-    if "warmup" in settings:
-        shortest = settings["window"] if "window" in given else 1
-        small["warmup"] = min(max(small["warmup"], shortest), max(1, rounds - 1))
-        small["window"] = min(settings["window"], small["warmup"])
-        small["resynthesize"] = math.ceil(settings["resynthesize"] / 10)
-    return resolve(**settings | {n: value for n, value in small.items() if n not in given})
+    return resolve(**settings | tenth(settings, given))
 
 
 def compose(settings):
@@ -176,35 +157,6 @@ def compose(settings):
     return visitor(method, compressor, **of(fl.Federation), **how), images
 
 
-def device_of(wanted):
-    """The torch.device, set up so that numbers do not depend on threads and are true float32."""
-    torch.set_num_threads(1)  # one core for one operation; the threads of scale/ use the others
-    torch.backends.cudnn.allow_tf32 = False
-    gpus = torch.cuda.device_count()
-    if wanted == "cuda" and not gpus:
-        raise ValueError("device = cuda, but torch sees no GPU here; use auto or cpu")
-    if wanted == "cpu" or not gpus:
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
-    torch.cuda.set_device(device)
-    return device
-
-
-def visitor_of(settings, device):
-    """How the clients of a round are visited: (a class like fl.Federation, its arguments)."""
-    how = settings["visit"]
-    if how == "auto":
-        how = "vmap" if device.type == "cuda" else "threads"
-    alone = {"plain": fl.Federation, "threads": visits.Threads, "vmap": visits.Vmap}
-    ranks = {"plain": visits.Ranks, "threads": visits.ThreadRanks, "vmap": visits.VmapRanks}
-    wanted = {"plain": (), "threads": ("threads",), "vmap": ("chunk",)}[how]
-    visitor = (ranks if "WORLD_SIZE" in os.environ else alone)[how]
-    if settings["on_bad_client"] == "drop" or settings["dropout"]:
-        visitor = type("Tolerant" + visitor.__name__, (faults.Tolerant, visitor), {})
-        wanted += ("on_bad_client", "dropout")
-    return visitor, {name: settings[name] for name in wanted}
-
-
 # ------------------------------------------------------------------------------------------ a run
 
 
@@ -228,7 +180,7 @@ def experiment(folder=None, *, watch=None, **settings):
     federation, images = compose(settings)
     config = described(settings, images)
     sample = measured_images(images.train, settings["measure_images"])
-    with workplace(folder) as place, explained(settings):
+    with workplace(folder) as place, explained(owners(settings), settings):
         agree(place / "config.json", config)
         log, seconds = restore(folder or place, federation, config["hash"])
         write(place / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -250,23 +202,6 @@ def experiment(folder=None, *, watch=None, **settings):
             write_json(place / "result.json", result)
         result = read_result(place / "result.json", config)
         return Outcome(result, log, federation, images)
-
-
-@contextlib.contextmanager
-def explained(settings):
-    """If a number stops being finite, say also which settings are not the defaults."""
-    try:
-        yield
-    except RuntimeError as error:  # torch has no class of its own for memory that a CPU lacks
-        if "DefaultCPUAllocator" in str(error):
-            raise MemoryError(str(error).partition("DefaultCPUAllocator: ")[2]) from None
-        raise
-    except FloatingPointError as error:
-        declared = [item for part in owners(settings) for item in settings_of(part).items()]
-        floats = {name for name, s in declared if s.type is float and settings[name] != s.default}
-        chosen = ", ".join(f"{name} = {settings[name]:g}" for name in sorted(floats))
-        more = f"not the defaults: {chosen}" if chosen else "all settings of type float: defaults"
-        raise FloatingPointError(f"{error}; {more}") from None
 
 
 def row_of(federation, images, sample, settings):
@@ -349,74 +284,7 @@ def load(folder, **given):
     return federation, images
 
 
-# -------------------------------------------------------------------------- results, comparisons
-
-SHOWN = {  # on the card and in the table: key of the result, factor, digits
-    "test accuracy %": ("test_acc", 100, 2),
-    "test loss": ("test_loss", 1, 3),
-    "training loss": ("train_loss", 1, 3),
-    "top eigenvalue": ("eigenvalue", 1, 1),
-    "MB up": ("up", 1e-6, 2),
-    "MB down": ("down", 1e-6, 2),
-    "seconds": ("seconds", 1, 0),
-}
-
-
-def card(result, settings, folder):
-    """The result of a run with these settings as text."""
-    shown = {n: f"{f * result[key]:.{digits}f}" for n, (key, f, digits) in SHOWN.items()}
-    rounds = result["averaged"]
-    averaged = f"mean of {len(rounds)} evaluations, rounds {rounds[0]} to {rounds[-1]}"
-    averaged = averaged if len(rounds) > 1 else f"round {rounds[0]}"
-    shown["test accuracy %"] += f"   ({averaged})"
-    shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
-    if result["matching_loss"] is not None:
-        shown["matching loss"] = f"{result['matching_loss']:.3f}   (1: nothing learnt, 0: all)"
-    beside = stored_beside(settings)
-    if beside:
-        words = ", ".join(f"{algo}~{100 * x:.1f}" for algo, x in beside.items())
-        lines = textwrap.wrap(words, 62)
-        shown["others, stored"] = ("\n" + 18 * " ").join(lines).replace("~", " ")
-    shown |= {"settings": result["settings"], "folder": folder}
-    title = f"--- {result['algo']}, seed {result['seed']}, d = {result['d']:,} "
-    return "\n".join([title.ljust(80, "-"), *(f"{n:>16}  {text}" for n, text in shown.items())])
-
-
-def stored_beside(settings, path=HERE / "results" / "default.json"):
-    """Mean test accuracies of other methods in the README's job, if these settings are of it."""
-    stored = json.loads(path.read_text()).get("cpu") if path.exists() else None
-    if not stored:
-        return {}
-    job = stored["defaults"] | {name: settings[name] for name in ("algo", "seed")}
-    if any(settings.get(k, x) != x for k, x in job.items() if not changes_seconds(k)):
-        return {}
-    rows = [r for r in stored["rows"] if r["arm"] == r.get("algo")]  # others: another uplink
-    others = dict.fromkeys(r["algo"] for r in rows if r["algo"] != settings["algo"])
-    return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in others}
-
-
-def table(results):
-    """Markdown: a line a method, mean ± standard deviation over its seeds."""
-    lines = ["| method | " + " | ".join(SHOWN) + " | runs |", "| --- " * (len(SHOWN) + 2) + "|"]
-    for algo in dict.fromkeys(r["algo"] for r in results):
-        runs, cells = [r for r in results if r["algo"] == algo], []
-        for key, factor, digits in SHOWN.values():
-            values = [factor * r[key] for r in runs]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(runs) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
-        lines.append(f"| {algo} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines)
-
-
-def listing():
-    """All parts, with what they come from and the first sentence about them."""
-    lines = []
-    for kind in PLACES:
-        lines += ["", f"{kind}:"]
-        for name, part in parts(kind).items():
-            first = (inspect.getdoc(part) or "").split("\n\n")[0].replace("\n", " ")
-            lines.append(f"  {name:20} {first}")
-    return "\n".join(lines[1:])
+# ---------------------------------------------------------------------------------- comparisons
 
 
 def runs_of(algos, seeds, given):
@@ -527,21 +395,6 @@ def resumed(folder, algos, given):
         return folder, stored_runs(folder, algos, given), True
     given |= {"algo": algo for algo in algos}
     return folder, {folder.name: stored_settings(folder, **given)}, False
-
-
-def say(text, file=None):
-    """Print. If nobody can receive it (a closed pipe, a full disk), the work goes on."""
-    file = file or sys.stdout
-    try:
-        print(text, file=file, flush=True)
-    except OSError:  # Python tries once more at the end, and then it must work
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-def complain(text):
-    """One line for the user."""
-    if first_rank():
-        say("run.py: " + " ".join(str(text).split()), sys.stderr)
 
 
 def main(argv=None):

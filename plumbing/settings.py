@@ -11,27 +11,15 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
 import fl
-from scale import visits
+from scale.machine import MACHINE
 
 HERE = Path(__file__).parents[1]
-
-
-class Machine:
-    """The settings that change seconds and not the experiment (and threads, chunk of scale/)."""
-
-    device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
-    visit: Annotated[Literal["auto", "plain", "threads", "vmap"], "how clients are visited"] = (
-        "auto"
-    )
-    checkpoint_every: Annotated[int, "rounds between checkpoints", 1, None] = 5
-
-
-MACHINE = (Machine, visits.Threads, visits.Vmap)
 
 
 class Setting(NamedTuple):
@@ -84,10 +72,35 @@ def changes_seconds(name):
     return any(name in settings_of(part) for part in MACHINE)
 
 
+def tenth(settings, given=()):
+    """What is other in the same job with a tenth of the rounds: settings that were not given."""
+    least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
+    least |= {"swa_start": 0}
+    small = {"last": 1} | {
+        name: max(low, round(settings[name] / 10))
+        for name, low in least.items()
+        if name in settings
+    }
+    rounds = settings["rounds"] if "rounds" in given else small["rounds"]
+    if "swa_start" in settings:
+        small["swa_start"] = min(small["swa_start"], rounds - 1)
+    if "warmup" in settings:
+        shortest = settings["window"] if "window" in given else 1
+        small["warmup"] = min(max(small["warmup"], shortest), max(1, rounds - 1))
+        small["window"] = min(settings["window"], small["warmup"])
+        small["resynthesize"] = math.ceil(settings["resynthesize"] / 10)
+    return {name: value for name, value in small.items() if name not in given}
+
+
 def closest(word, known):
     """A hint for a word that is not among the known ones: the most similar ones, or all."""
+    return similar(word, known) or f"known: {', '.join(known)}"
+
+
+def similar(word, known):
+    """A hint that names the known words that are most similar, or nothing."""
     near = difflib.get_close_matches(str(word).lower(), known, 3, 0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 PLACES = {
@@ -189,7 +202,7 @@ def who_has(name, known):
                 having.append(f"{kind} {label}")
     if having:
         return f"it belongs to {', '.join(having)}"
-    return closest(name, sorted(filter(None, known)))
+    return similar(name, sorted(filter(None, known))) or "run.py --help lists the settings"
 
 
 class Parser(argparse.ArgumentParser):
@@ -203,6 +216,9 @@ class Parser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: --")[2].split(" ")[0]
         if unknown:
             message = f"{unknown} is no setting of this run; {who_has(unknown, known)}"
+        for action in self._actions:
+            if message == f"argument {'/'.join(action.option_strings)}: expected one argument":
+                message = f"{action.option_strings[0]} needs a value: {action.metavar}"
         raise ValueError(message)
 
 

@@ -29,17 +29,17 @@ def pytest_collection_modifyitems(config, items):
 
 def methods_to_check(config):
     """The method of --method, or all methods of fl.py and methods/."""
-    import run
+    from plumbing.settings import find
 
     wanted = config.getoption("--method")
     try:
-        return [run.find("algo", wanted)] if wanted else every_method()
+        return [find("algo", wanted)] if wanted else every_method()
     except ValueError as error:
         raise pytest.UsageError(f"--method {wanted}: {error}") from None
 
 
 def every_method():
     """FedAvg and all classes in fl.py and methods/ that inherit it."""
-    import run
+    from plumbing.settings import parts
 
-    return list(run.parts("algo").values())
+    return list(parts("algo").values())

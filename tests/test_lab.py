@@ -40,7 +40,7 @@ from lab.claim import Claim
 from lab.verdicts import Rule, Value
 from methods.alignment import FedGA
 from methods.ours import FedSynSAM_Debiased
-from plumbing.settings import HERE
+from plumbing.settings import HERE, parts
 from tests.toys import Linear, Quadratics, f64, normal
 from vision import data, models
 
@@ -994,7 +994,7 @@ def test_two_processes_share_a_search(tmp_path, monkeypatch):
 
 def test_every_method_has_a_grid():
     only_parents = {"aligned", "distilling"}
-    assert set(run.parts("algo")) - only_parents <= set(tune.GRID)
+    assert set(parts("algo")) - only_parents <= set(tune.GRID)
 
 
 def test_a_score_of_tuning_is_the_mean_validation_accuracy_of_its_runs(tmp_path):

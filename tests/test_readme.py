@@ -15,6 +15,7 @@ import fl
 import run
 from compress import TopK
 from plumbing.folder import described
+from plumbing.settings import parts
 
 HERE = Path(__file__).parents[1]
 README = (HERE / "README.md").read_text()
@@ -244,10 +245,10 @@ def measured(name):
 
 
 def test_the_table_names_every_method():
-    assert set(rows_of_methods()) == set(run.parts("algo"))
+    assert set(rows_of_methods()) == set(parts("algo"))
 
 
-@pytest.mark.parametrize("name", sorted(run.parts("algo")))
+@pytest.mark.parametrize("name", sorted(parts("algo")))
 def test_the_table_counts_what_is_sent_and_computed(name):
     told = rows_of_methods().get(name)
     for number, found in zip(told or (), measured(name) if told else ()):

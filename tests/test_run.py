@@ -21,8 +21,9 @@ import torch
 import fl
 import run
 import synth
+from plumbing import terminal
 from plumbing.folder import CHECKPOINT
-from plumbing.settings import HERE, Setting
+from plumbing.settings import HERE, Setting, parts
 from vision import data
 
 f64 = torch.float64
@@ -138,7 +139,7 @@ def run_every_setting():
     """All settings that any part has: {(kind, part, name): Setting}."""
     found = {}
     for kind in run.PLACES:
-        for label, part in run.parts(kind).items():
+        for label, part in parts(kind).items():
             found |= {(kind, label, n): s for n, s in run.settings_of(part).items()}
     common = [
         s for s in run.owners({}) if s not in map(run.find, run.PLACES, ("fedsynsam", "qsgd"))
@@ -153,7 +154,7 @@ def test_run_every_default_is_legal_and_explained():
         assert len(setting.meaning) > 5, name
     assert len({name for _, _, name in settings}) > 60
     for kind in run.PLACES:
-        for label in run.parts(kind):
+        for label in parts(kind):
             run.resolve(**{kind: label})
 
 
@@ -178,10 +179,10 @@ def test_run_check_refuses_what_is_not_legal():
 
 
 RUN_PARTS = [  # every setting belongs to one of them
-    *({"algo": a} for a in run.parts("algo")),
-    *({"algo": "fedavg", "compress": c} for c in run.parts("compress")),
-    *({"algo": "fedavg", "model": m} for m in run.parts("model") if m in ("cnn", "mlp")),
-    *({"algo": "fedavg", "partition": p} for p in run.parts("partition")),
+    *({"algo": a} for a in parts("algo")),
+    *({"algo": "fedavg", "compress": c} for c in parts("compress")),
+    *({"algo": "fedavg", "model": m} for m in parts("model") if m in ("cnn", "mlp")),
+    *({"algo": "fedavg", "partition": p} for p in parts("partition")),
 ]
 RUN_ONCE = {}  # setting -> the first of RUN_PARTS that has it
 for run_chosen in RUN_PARTS:
@@ -218,7 +219,7 @@ def test_run_a_setting_of_another_part_is_refused_with_who_has_it():
 
 
 def test_run_quick_is_the_same_job_and_legal_for_every_method():
-    for algo in run.parts("algo"):
+    for algo in parts("algo"):
         settings = run.resolve(algo=algo)
         small = run.quick(settings)
         assert run.resolve(**small) == small and small["rounds"] == 8 and small["last"] == 1
@@ -240,7 +241,7 @@ def test_run_quick_leaves_rounds_after_the_synthesis():
 
 
 def test_run_parts_have_the_names_of_their_classes():
-    names = {kind: set(run.parts(kind)) for kind in run.PLACES}
+    names = {kind: set(parts(kind)) for kind in run.PLACES}
     assert {"fedavg", "scaffold", "fedsynsam", "fedlesam-s", "feddyn", "gcsam"} <= names["algo"]
     assert {"identity", "topk", "randk", "qsgd", "sign", "natural"} <= names["compress"]
     assert {"mlp", "cnn", "lenet", "convnet", "resnet18"} == names["model"]
@@ -315,7 +316,10 @@ def test_run_a_setting_with_the_name_of_another_one_is_refused(tmp_path):
 
 def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp_path):
     result = {"algo": "fedsynsam", "settings": "abc", "seed": 0, "d": 9, "averaged": [2, 4]}
-    result |= {key: 0.5 for key, *_ in run.SHOWN.values()} | {"bits": 2.0, "matching_loss": None}
+    result |= {key: 0.5 for key, *_ in terminal.SHOWN.values()} | {
+        "bits": 2.0,
+        "matching_loss": None,
+    }
     rows = [{"algo": a, "arm": a, "test_acc": x} for a, x in (("fedavg", 0.5), ("sam", 0.4))]
     rows += [{"algo": "fedavg", "arm": "fedavg", "test_acc": 0.6}]
     rows += [{"algo": "fedsynsam", "arm": "fedsynsam", "test_acc": 0.1}]
@@ -324,19 +328,19 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     path, defaults = tmp_path / "default.json", run.resolve()
     path.write_text(json.dumps({"cpu": {"rows": rows, "defaults": defaults}}))
     settings = defaults | {"seed": 7, "visit": "plain"}
-    assert run.stored_beside(settings, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
+    assert terminal.stored_beside(settings, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
     mine = run.resolve(algo="fedprox")  # a setting that the stored runs do not have
-    assert list(run.stored_beside(mine, path)) == ["fedavg", "sam", "fedsynsam"]
+    assert list(terminal.stored_beside(mine, path)) == ["fedavg", "sam", "fedsynsam"]
     for other in ({"lr": 0.2}, {"compress": "qsgd"}, {"rho": 0.05}):
-        assert run.stored_beside(settings | other, path) == {}
-    assert run.stored_beside(settings, tmp_path / "none") == {}
+        assert terminal.stored_beside(settings | other, path) == {}
+    assert terminal.stored_beside(settings, tmp_path / "none") == {}
     path.write_text(json.dumps({"quick": {"rows": rows}}))
-    assert run.stored_beside(settings, path) == {}
-    shown = run.card(result, settings, tmp_path)
+    assert terminal.stored_beside(settings, path) == {}
+    shown = terminal.card(result, settings, tmp_path)
     assert "others, stored  fedavg" in shown and max(map(len, shown.splitlines())) < 90
-    assert "others, stored" not in run.card(result, settings | {"lr": 0.2}, tmp_path)
+    assert "others, stored" not in terminal.card(result, settings | {"lr": 0.2}, tmp_path)
     assert "(mean of 2 evaluations, rounds 2 to 4)" in shown
-    assert "(round 8)" in run.card(result | {"averaged": [8]}, settings, tmp_path)
+    assert "(round 8)" in terminal.card(result | {"averaged": [8]}, settings, tmp_path)
 
 
 def test_run_quick_leaves_given_settings_alone():
@@ -664,9 +668,12 @@ def test_run_comparison_gives_each_run_its_flags_and_one_table(tmp_path, run_tin
 
 def test_run_table_has_means_and_standard_deviations():
     def result(algo, accuracy):
-        return {key: 1.0 for key, _, _ in run.SHOWN.values()} | {"algo": algo, "test_acc": accuracy}
+        return {key: 1.0 for key, _, _ in terminal.SHOWN.values()} | {
+            "algo": algo,
+            "test_acc": accuracy,
+        }
 
-    table = run.table([result("b", 0.1), result("a", 0.5), result("b", 0.2)]).splitlines()
+    table = terminal.table([result("b", 0.1), result("a", 0.5), result("b", 0.2)]).splitlines()
     assert table[2].startswith("| b | 15.00 ± 7.07 | 1.000 ± 0.000 |") and table[2].endswith(
         "| 2 |"
     )
@@ -711,7 +718,7 @@ def test_run_list_names_every_part(capsys):
     code, out, _ = run_main(capsys, "--list")
     assert code == 0
     for kind in run.PLACES:
-        for name, part in run.parts(kind).items():
+        for name, part in parts(kind).items():
             assert any(
                 line.split()[0] == name and len(line) > 30 for line in out.splitlines() if line
             )
@@ -749,6 +756,8 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--lr x", "invalid float"),
         ("--average sizes", "did you mean size"),
         ("--rouns 3", "did you mean rounds"),
+        ("--xyzzy 3", "run.py --help lists the settings"),
+        ("--error-feedback", "needs a value: auto|on|off"),
         ("--prox 0.1", "algo fedprox"),
         ("--algo fedavg --rho 0.1", "algo fedsam"),
         ("--participation 101", "1..100"),
