@@ -237,7 +237,8 @@ def result_of(config, federation, log, sample):
     """The dict of result.json, but for the seconds, of a run that has made all its rounds."""
     settings, d = config["settings"], len(federation.w)
     last = [row for row in log if "train_loss" in row][-settings["last"] :]
-    sent = settings["rounds"] * settings["participation"] * d
+    absent = sum(len(row.get("absent", ())) for row in log)  # scale/faults.py
+    uploads = max(1, settings["rounds"] * settings["participation"] - absent)
     return {
         "algo": settings["algo"],
         "seed": settings["seed"],
@@ -250,7 +251,7 @@ def result_of(config, federation, log, sample):
         "matching_loss": federation.method.state.get("matching"),
         "up": federation.bytes_up,
         "down": federation.bytes_down,
-        "bits": 8 * federation.bytes_up / sent,
+        "bits": 8 * federation.bytes_up / (uploads * d),
     }
 
 

@@ -100,12 +100,13 @@ def draw_comparisons(axis, found, arms):
             colour = OUTCOMES.get(c.outcome, GREY)
             axis.plot([c.low, c.high], [y, y], color=colour, lw=1.5)
             axis.plot(c["mean"], y, "o", color=colour, ms=4)
-            labels.append((y, arms_of(c, arms), False))
+            if c.margin:
+                axis.vlines(-np.sign(c.sign) * c.margin, y - 0.5, y + 0.5, color="black", lw=0.8)
+            labels.append((y, f"{arms_of(c, arms)}: {c.words}", False))
         y += 1.6
     axis.axvline(0, color="black", lw=0.8)
-    for margin in set(-np.sign(found.sign) * found.margin) - {0}:
-        axis.axvline(margin, color="black", ls=":", lw=0.8)
     axis.set(xlabel=unit, ylim=(y - 0.9, -0.8), xlim=room(found))
+    axis.locator_params(axis="x", nbins=6)
     axis.set_yticks([at for at, *_ in labels], [text for _, text, _ in labels])
     for tick, (_, _, head) in zip(axis.get_yticklabels(), labels):
         tick.set(fontstyle="italic" if head else "normal", fontsize=8)
@@ -116,13 +117,20 @@ def draw_comparisons(axis, found, arms):
 
 
 def on_one_axis(found):
-    """Comparisons of several measures, those of each divided by its largest number; the unit."""
+    """Comparisons with the mean difference in words, and the unit of their axis.
+
+    Those of several measures are each divided by the largest of their own numbers.
+    """
+    digits = [
+        0 if abs(c["mean"]) >= 100 else verdicts.finer(c.measure) for _, c in found.iterrows()
+    ]
+    found = found.assign(words=[f"{x:+,.{n}f}" for x, n in zip(found["mean"], digits)])
     kinds = found.measure.where(~found.measure.str.startswith("cos"), "cosine")
     if kinds.nunique() < 2:
         return found, "difference"
-    largest = found[["mean", "low", "high"]].abs().max(axis=1).groupby(kinds).transform("max")
+    largest = found[["mean", "low", "high"]].abs().max(axis=1)
     scaled = found[["mean", "low", "high", "margin"]].div(largest, axis=0)
-    return found.assign(**scaled), "difference, each measure on its own scale"
+    return found.assign(**scaled), "difference, each on a scale of its own"
 
 
 def arms_of(c, arms):
@@ -170,10 +178,10 @@ def gains(claim, table, name, measure):
 def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eigenvalue")):
     """Gain over FedAvg against another measure, a point an arm with its 95 % t-interval.
 
-    An arm that is eight times farther away than most would leave no room: it is named instead.
+    A few arms that are much farther away would leave the others no room: they are named instead.
     """
     gains = {arm: gain_of(claim, table, arm, gain) for arm in dict.fromkeys(table.arm)}
-    far = 8 * np.median([abs(y) for y, *_ in gains.values()]) or np.inf
+    far = too_far([abs(y) for y, *_ in gains.values()])
     left_out = [f"{arm} ({y:+.2f})" for arm, (y, *_) in gains.items() if abs(y) > far]
     seen = {arm: ends for arm, ends in gains.items() if not abs(ends[0]) > far}
     splits = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm))
@@ -194,6 +202,15 @@ def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eige
         page.supxlabel("; ".join(below), fontsize=9)
         page.savefig(path, bbox_inches="tight")
         plt.close(page)
+
+
+def too_far(sizes):
+    """The size that a few, at most a quarter of all, exceed more than three times; inf if none."""
+    sizes = sorted(sizes, reverse=True)
+    for few in range(len(sizes) // 4, 0, -1):
+        if sizes[few - 1] > 3 * sizes[few]:
+            return sizes[few]
+    return np.inf
 
 
 def draw_gain(axis, x, ends, colour, words):

@@ -886,10 +886,18 @@ def test_differences_of_several_measures_fit_on_one_axis():
     rows = [("eigenvalue", -100.0, -200.0, 0.0, 0.0), ("accuracy", 2.0, 1.0, 4.0, 1.0)]
     found = pd.DataFrame([*rows, ("accuracy", -1.0, -3.0, 1.0, 0.0)], columns=columns)
     scaled, unit = figures.on_one_axis(found)
-    assert scaled["mean"].tolist() == [-0.5, 0.5, -0.25] and "own scale" in unit
-    assert scaled.low.tolist() == [-1, 0.25, -0.75] and scaled.margin.tolist() == [0, 0.25, 0]
+    assert scaled["mean"].tolist() == [-0.5, 0.5, -1 / 3] and "scale of its own" in unit
+    assert scaled.low.tolist() == [-1, 0.25, -1] and scaled.margin.tolist() == [0, 0.25, 0]
+    assert scaled.words.tolist() == ["-100", "+2.00", "-1.00"]
     alone, unit = figures.on_one_axis(found[1:])
-    assert alone.equals(found[1:]) and unit == "difference"
+    assert alone.drop(columns="words").equals(found[1:]) and unit == "difference"
+
+
+def test_a_few_arms_that_are_far_away_are_left_out_of_a_picture():
+    near = [0.25, 0.2, 0.1, 0.05, 0.02, 0.0]
+    assert figures.too_far([2.4, *near, 2.2, 0.1]) == 0.25
+    assert figures.too_far([0.5, 0.4, 0.05, 0.04, 0.03, 0.0]) == np.inf  # too many to leave out
+    assert figures.too_far(near) == figures.too_far([5.0, 1.0]) == np.inf
 
 
 def test_figures_are_drawn_with_runs_that_are_missing(tmp_path):
