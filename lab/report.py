@@ -66,13 +66,15 @@ def arm_called(name, table):
 # ------------------------------------------------------------------------------------- the claims
 
 
-def section(claim, part, prose):
-    """A claim in Markdown: what it says, its tables, comparisons, figure, and the notes."""
+def section(claim, part, outcomes, prose):
+    """A claim in Markdown: what it says, its tables, comparisons, figure, and the notes.
+
+    outcomes: for each task its table, its comparisons and the verdict.
+    """
     lines = [f"## {claim.name}", f"{part['claim']} ({part['source']})."]
     lines.append(f"Refuted if, significantly, {part['refuted_by']}, and nothing is as claimed.")
     lines.append(made_by(claim, part))
-    for task, table in claims.tables(claim, part).items():
-        found, word = claims.judged(claim, table)
+    for task, (table, found, word) in outcomes.items():
         lines += [f"### {task}"] if task else []
         lines += [verdicts.arms_text(table, claim.columns)]
         lines.append(f"**{word}.** {counted(found)}")
@@ -119,9 +121,8 @@ def counted(found):
 def summary(found):
     """All claims in one table, each with a link to its section."""
     lines = ["| | the claim | verdict |", "| --- | --- | --- |"]
-    for name, (claim, part) in found.items():
-        for task, table in claims.tables(claim, part).items():
-            word = claims.judged(claim, table)[1]
+    for name, (_, part, outcomes) in found.items():
+        for task, (_, _, word) in outcomes.items():
             cells = (f"[{name}](#{name}) {task}".strip(), part["claim"], f"**{word}**")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -188,7 +189,7 @@ def in_columns(row, published):
 
 def signs_text(found):
     """Whether largest eigenvalue and largest |eigenvalue| can differ in the stored rows."""
-    rows = [row for _, part in found.values() for row in part["rows"] if "eigenvalue" in row]
+    rows = [row for _, part, _ in found.values() for row in part["rows"] if "eigenvalue" in row]
     seen = [row["eigenvalue"] for row in rows]
     seen += [x["eigenvalue"] for row in rows for x in row["log"] if "eigenvalue" in x]
     negative = sum(value < 0 for value in seen)
@@ -197,7 +198,10 @@ def signs_text(found):
 
 def written(results):
     """The text of results/README.md."""
-    found, prose = claims.stored_claims(results), notes()
+    found, prose = {}, notes()
+    for name, (claim, part) in claims.stored_claims(results).items():
+        tables = claims.tables(claim, part).items()
+        found[name] = claim, part, {t: (table, *claims.judged(claim, table)) for t, table in tables}
     if not found:
         raise ValueError(f"{results} holds no rows; python -m lab.claims NAME writes them")
     parts = [prose["top"], summary(found), prose["how"], signs_text(found), prose["valid"]]

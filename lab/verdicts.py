@@ -34,6 +34,7 @@ difference must be 2.5 times its standard deviation over the seeds to count, wit
 Sources: Student 1908; Holm 1979.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +70,8 @@ def interval(x, level=LEVEL):
     x = np.asarray(x, dtype=float)
     if len(x) < 2:
         return (x.mean() if len(x) else np.nan), np.nan, np.nan
-    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x)
+    error = x.std(ddof=1) / math.sqrt(len(x))
+    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * error
     return x.mean(), x.mean() - half, x.mean() + half
 
 
@@ -105,8 +107,10 @@ def holm(p):
 
 def values(table, value):
     """The numbers of a measure of an arm, by seed, without what is missing: a pandas Series."""
-    runs = table[table.arm == value.arm].set_index("seed")
-    return runs[value.measure].astype(float).dropna() if value.measure in runs else pd.Series([])
+    if value.measure not in table:
+        return pd.Series([])
+    runs = table.loc[table.arm == value.arm, ["seed", value.measure]].set_index("seed")
+    return runs[value.measure].astype(float).dropna()
 
 
 def differences(table, first, second):

@@ -221,7 +221,7 @@ def measured(name):
     settings = dict(
         algo=name, compress="identity", visit="plain", clients=4, participation=4, partition="iid"
     )
-    settings |= dict(local_steps=2, batch=4, width=2, hidden=4, val=20, measure_images=20, rounds=3)
+    settings |= dict(local_steps=2, batch=4, width=2, hidden=4, val=9900, rounds=3)
     known = run.resolve(algo=name)
     small = dict(warmup=1, window=1, outer_steps=2, inner_steps=2, fs_steps=2, oracle_images=20)
     small |= dict(swa_start=1)
