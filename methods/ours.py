@@ -8,7 +8,7 @@ what the batch has of its own. Where a network overfits, an ascent along the thi
 generalise; where clients differ much, an ascent along the second misleads. The debiased direction
 keeps the third and puts g_syn in the place of the other two.
 The descent along g has the second part, too, and drifts. A share of g_syn in the step works against
-it, for no byte more. results/README.md says what both are worth (overfit, whose, descent).
+it, for no byte more. results/README.md says what both are worth (overfit, cifar, whose, descent).
 """
 
 from typing import Annotated
