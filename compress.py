@@ -13,9 +13,10 @@ len(buffer) bytes.
     qsgd      |x_j| rounded to a grid at random  x        <= omega ||x||^2       32 n + d (1 + b)
     sign      (||x||_1 / d) sign(x)              biased   ||x||^2 - ||x||_1^2/d  32 + d
 
-The checksum adds 32 bits to each. a = ceil(log2 d) bits name one of d places. qsgd cuts x into n
-buckets of q coordinates, and its grid has s levels above 0, which b = ceil(log2(s + 1)) bits
-number; omega = min(q / s^2, sqrt(q) / s) for the scale "l2", and q / (4 s^2) for "max".
+The checksum adds 32 bits to each, and a packed field is filled up to whole bytes. a = ceil(log2 d)
+bits name one of d places. qsgd cuts x into n buckets of q coordinates, and its grid has s levels
+above 0, which b = ceil(log2(s + 1)) bits number; omega = min(q / s^2, sqrt(q) / s) for the scale
+"l2", and q / (4 s^2) for "max".
 
 A compressor is in the class U(omega) if it is unbiased and E||x_hat - x||^2 <= omega ||x||^2. It is
 in the class B(delta), or contractive, if E||x_hat - x||^2 <= (1 - delta) ||x||^2 with delta > 0.
@@ -46,7 +47,7 @@ from torch.nn import functional as F
 
 
 def pack(v, bits):
-    """Write n integers 0 <= v < 2^bits one after the other, without gaps.
+    """Write n integers 0 <= v < 2^bits without gaps.
 
     v [n], bits in 0..32 -> uint8 [ceil(n bits / 8)].  Up to 8 bits: integer i takes the bits
     i * bits to (i + 1) * bits - 1 of a string of bits, its least significant bit first. Bit t of
@@ -175,9 +176,9 @@ class TopK:
     unbiased = False
 
     def encode(self, x, generator=None):
-        k, d = count(self.k, len(x)), len(x)
+        d = len(x)
         kept = torch.zeros(d, dtype=torch.bool, device=x.device)
-        kept[x.abs().topk(k, sorted=False).indices] = True
+        kept[x.abs().topk(count(self.k, d), sorted=False).indices] = True
         places = kept.nonzero().view(-1)  # increasing, and cheaper than a sort
         return seal(to_bytes(x[places].to(self.dtype)), pack(places, place_bits(d)))
 

@@ -1,10 +1,11 @@
-"""Federated learning: the loop, and the methods of this book as differences from FedAvg.
+"""Federated learning: the loop, and the main methods as differences from FedAvg.
 
     server   sends the model w^t [d] to m of the N clients
     client   makes K local steps  w <- w - lr G  from w^t, and sends its update w_K - w^t as bytes
     server   w^{t+1} = w^t + server_lr * (mean of the decoded updates)
 
-In code, with a compressor (compress.py) and the loss of a client on a batch, a round of FedAvg is
+In code, with a compressor (compress.py) and the loss of a client on a batch, a round of FedAvg is,
+but for clipping and error feedback,
 
     updates = []
     for i in chosen_clients:
@@ -36,16 +37,18 @@ hooks changed, here in the order of a round:
              aggregate        the next global model
              judged           the model that is evaluated, if it is not the global one
 
-Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `exchanges`
-(names of functions of the class, each of which ends with an upload; methods/alignment.py has one
-before "train"), `fed_back` (names of the vectors that error feedback is for).
+Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `fed_back` (names
+of the vectors that error feedback is for), and `exchanges`: names of functions like `train`, each
+of which ends with an upload. What the server decoded from one before "train" is in `mine` (so
+`first_memory` declares it), its mean in `received`; `aggregate` gets the mean of "train" only.
+methods/alignment.py has an example.
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]
     g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
     u         ascent direction of SAM                                                          [d]
     update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
-    lr_sum    K lr, so -update / lr_sum is a mean G; under vmap it is a tensor
+    lr_sum    K lr, so -update / lr_sum is a mean G; on a client under vmap it is a tensor
     received  what a client got: `broadcast`, `broadcast_once`, the mean of an earlier exchange
     mine      what this client remembers; `point`, `move`, `upload` and `remember` return it, too
     decoded   what the server reads from one upload
@@ -57,12 +60,12 @@ Rules for a new method
       `codec` may be replaced. Then methods combine: `class FedGAMMA(FedSAM, SCAFFOLD)` needs no
       body. Where both parents replace a hook, the left one counts.
     * Add names of your own to what is sent, collected, kept and remembered. "update" belongs to all
-      parents: FedDyn sums it up. So send or collect another vector [d] beside it, and in
-      `aggregate` pass `mean` on to super() as it is. If `start` moves, `upload` takes that out of
-      "update".
+      parents: FedDyn sums it up. So send another vector [d], or collect another tensor, beside it,
+      and in `aggregate` pass `mean` on to super() as it is. If `start` begins at w^t + v, `upload`
+      subtracts v, so that "update" is the sum of the steps.
     * On a client, never read self.state. What the server keeps reaches a client through
-      `broadcast`, so that its bytes count, and is in `received`. Clients do not know t either:
-      `prepare` tells the server, which sends what depends on it. Only lr costs no bytes.
+      `broadcast`, so that its bytes count, and is in `received`. Clients do not know t either: the
+      server learns it in `prepare`, and sends what depends on it. Clients know lr for free.
     * Never change `mine`, self.state's dict or a tensor in place; make a new one. `first_memory`
       declares all names that `mine` will ever have, with their shapes.
     * Under vmap (scale/visits.py) all clients are computed at once, and those with fewer steps get
@@ -72,7 +75,8 @@ Rules for a new method
     * self.state is what a checkpoint saves of a method, so keep nothing of the server elsewhere.
 
 `python -m pytest test_all.py --method mine.py:MyMethod` checks a method against these rules. If the
-class says `off = {"rho": 0.0}`, it must, with these settings, take the steps of one of its parents.
+class says `off = {"rho": 0.0}`, it must, with these settings, take the steps of one of its parents,
+bit for bit, and with the defaults other steps.
 
 A task says what is learnt (vision/task.py for images; tests/toys.py has quadratics):
     w0, sizes                 first model [d]; number of images of each of the N clients
@@ -107,7 +111,7 @@ class FedAvg:
 
     `name: Annotated[type, "meaning", lowest, highest] = default` declares a setting. Both ends are
     legal, None is no limit; run.py checks them.
-    Clipping is not part of the published algorithm; without it, a few clients diverge at large lr.
+    Clipping is not part of the published algorithm; without it, some clients diverge at large lr.
     """
 
     lr: Annotated[float, "learning rate of the local steps", 1e-12, None] = 0.1
@@ -132,7 +136,10 @@ class FedAvg:
     # On the server.
 
     def first_state(self):
-        """What the server keeps before round 0, and checkpoints save: {name: tensor or number}."""
+        """What the server keeps before round 0, and checkpoints save: {name: value}.
+
+        A value is a tensor, a number, a text, None, or a list or dict of such values.
+        """
         return {}
 
     def prepare(self, t, w):
@@ -239,7 +246,7 @@ class SCAFFOLD(FedAvg):
     Without clipping and weight decay, and with variate = 1, -update / lr_sum is the mean of the K
     directions g + c - c_i, so c_i' is the mean of the K gradients g. c is always the mean of the
     c_i of all N clients, weighted as `average` says.
-    Between 0 and 1, variate delays the correction: c - c_i grows until variate makes up for it.
+    Between 0 and 1, variate delays the correction: c - c_i grows until it is complete all the same.
     Error feedback is for the update only. An error that compression makes in c_i is repaired in
     the next round, since the update then contains c - c_i.
     """
@@ -331,10 +338,9 @@ class Distilling(FedAvg, synth.Synthesis):
     def prepare(self, t, w):
         news = super().prepare(t, w)
         late = t - self.warmup  # rounds since the first synthesis
-        trajectory = self.state["trajectory"]
         if late <= 0 or self.resynthesize:
-            trajectory = [*trajectory, w][-(self.warmup + 1) :]
-        self.state = self.state | {"trajectory": trajectory}
+            trajectory = [*self.state["trajectory"], w][-(self.warmup + 1) :]
+            self.state = self.state | {"trajectory": trajectory}
         if late == 0 or (late > 0 and self.resynthesize and late % self.resynthesize == 0):
             self.learn_synthetic_data(t)
             news = True
@@ -430,11 +436,12 @@ class Federation:
     def feeds_back(self, wanted):
         """Whether error feedback is used: "on", "off", or "auto". Unbiased errors need none."""
         vectors, compressor = self.method.fed_back, self.compressor
+        contractive = getattr(compressor, "contractive", True)
         if wanted == "auto":
-            return bool(vectors) and not getattr(compressor, "unbiased", True)
+            return bool(vectors) and contractive and not getattr(compressor, "unbiased", True)
         if wanted not in ("on", "off"):
             raise ValueError(f"error_feedback = {wanted!r} is unknown; known: auto, on, off")
-        if wanted == "on" and not getattr(compressor, "contractive", True):
+        if wanted == "on" and not contractive:
             raise ValueError(f"error_feedback needs a contractive compressor, not {compressor}")
         if wanted == "on" and not vectors:
             name = type(self.method).__name__

@@ -67,6 +67,7 @@ from plumbing.settings import (
     find,
     name_of,
     settings_of,
+    short,
     tenth,
     who_has,
 )
@@ -195,8 +196,8 @@ def experiment(folder=None, *, watch=None, **settings):
             if federation.t % settings["checkpoint_every"] == 0 or federation.t == todo.stop:
                 save(place, federation, log, config["hash"], time.perf_counter() - began)
         if not (place / "result.json").exists():
-            seconds = {"seconds": time.perf_counter() - began}
-            result = result_of(config, federation, log, sample) | seconds
+            took = time.perf_counter() - began
+            result = result_of(config, federation, log, sample) | {"seconds": took}
             if place == folder:
                 draw(place, federation, log, config["label"], images)
             write_json(place / "result.json", result)
@@ -299,8 +300,9 @@ def runs_of(algos, seeds, given):
         known = {name for part in owners(given | {"algo": algo}) for name in settings_of(part)}
         mine = {name: value for name, value in given.items() if name in known}
         used |= set(mine)
-        for seed in range(mine.get("seed", 0), mine.get("seed", 0) + seeds):
-            label = f"{algo.rpartition(':')[2]}-s{seed}"
+        first = mine.get("seed", Run.seed)
+        for seed in range(first, first + seeds):
+            label = f"{short(algo)}-s{seed}"
             if label in runs:
                 raise ValueError(f"two runs would be called {label}; give each method another name")
             runs[label] = resolve(**mine | {"algo": algo, "seed": seed})

@@ -10,7 +10,7 @@ D = (X, Y) on which plain gradient descent follows a piece of the trajectory:
 
 The target lies `window` rounds ahead, or is a mean of snapshots until then (`draw_segment`). Adam
 moves the images X [n, C, H, W], the label logits Y [n, classes] and the step size a along -grad L,
-with gradients through all M inner steps (`synthesize`); a hardly moves at its rate of 1e-5. L = 1
+with gradients through all M inner steps (`synthesize`); the step size a hardly moves at 1e-5. L = 1
 means that training on D comes no nearer to the target, L = 0 that it leads exactly there.
 
     DynaFed      the server trains every new global model on D                  (`finetune`)
@@ -95,7 +95,7 @@ def matching_loss(end, start, target):
 
 
 def draw_segment(trajectory, window, average, generator):
-    """A piece of the trajectory, a list of vectors [d]: (start w^p [d], target [d]).
+    """Draw a piece of the trajectory (a list of vectors [d]) -> (start w^p [d], target [d]).
 
     The target is w^{p+window}. If average, it is the mean of r snapshots, drawn with replacement
     from w^{p+1} ... w^{p+window}, with r drawn from 2 ... window (r = 1 if window is 1). A segment
@@ -155,8 +155,8 @@ def synthesize(task, trajectory, settings, generator):
 def learn(loss_of, guess, steps, rates):
     """Adam on X, Y and a with three rates: (Synthetic, values [steps] of loss_of(Synthetic, s)).
 
-    A step whose loss or gradient is not finite is left out and a is halved. After ten such steps in
-    a row, or if all fail, FloatingPointError is raised. DynaFed leaves this open.
+    A step whose loss or gradient is not finite is left out, and the step size is halved. After ten
+    such steps in a row, or if all fail, FloatingPointError is raised. DynaFed leaves this open.
     """
     learnt = Synthetic(*(x.clone().requires_grad_() for x in guess))
     adam = torch.optim.Adam([{"params": [x], "lr": rate} for x, rate in zip(learnt, rates)])

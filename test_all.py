@@ -1207,6 +1207,11 @@ def test_fl_error_feedback_is_by_itself_for_biased_compressors_only():
     assert not feedback(QSGD(7, dtype=f64)) and not feedback(Identity(f64))
     assert not feedback(RandK(3, True, f64)) and feedback(RandK(3, False, f64))
     assert not feedback(TopK(3, f64), M=Silent)
+
+    class Expanding(TopK):
+        contractive = False
+
+    assert not feedback(Expanding(3, f64))
     with pytest.raises(ValueError, match="Silent has nothing for error_feedback"):
         feedback(TopK(3, f64), "on", Silent)
     with pytest.raises(ValueError, match="needs a contractive compressor"):

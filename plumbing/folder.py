@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.settings import HERE, PLACES, changes_seconds, name_of, parts
+from plumbing.settings import HERE, PLACES, changes_seconds, name_of, parts, short
 
 try:
     import fcntl
@@ -80,7 +80,7 @@ def described(settings, images):
         "data": digest_of(images),
     }
     digest = checksum(numbers)[:8]
-    label = f"{labels['algo'].rpartition(':')[2]}-s{settings['seed']}"
+    label = f"{short(labels['algo'])}-s{settings['seed']}"
     return numbers | {"hash": digest, "label": label, "machine": machine()}
 
 

@@ -128,6 +128,11 @@ def name_of(part):
     return part.__name__.lower().replace("_", "-")
 
 
+def short(name):
+    """The name of a method without the files it stands in: a+b.py:B becomes a+B."""
+    return "+".join(word.rpartition(":")[2] for word in name.split("+"))
+
+
 def parts(kind):
     """All parts of a kind ("algo", "compress", "model", "partition"): {name: class or function}."""
     found = {}

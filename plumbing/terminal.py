@@ -29,8 +29,9 @@ def card(result, settings, folder):
     """The result of a run with these settings as text."""
     shown = {n: f"{f * result[key]:.{digits}f}" for n, (key, f, digits) in SHOWN.items()}
     rounds = result["averaged"]
-    averaged = f"mean of {len(rounds)} evaluations, rounds {rounds[0]} to {rounds[-1]}"
-    averaged = averaged if len(rounds) > 1 else f"round {rounds[0]}"
+    averaged = f"round {rounds[0]}"
+    if len(rounds) > 1:
+        averaged = f"mean of {len(rounds)} evaluations, rounds {rounds[0]} to {rounds[-1]}"
     shown["test accuracy %"] += f"   ({averaged})"
     shown["MB up"] += f"   ({result['bits']:.2f} bits a parameter, client and round)"
     if result["matching_loss"] is not None:
@@ -72,7 +73,7 @@ def table(results):
 
 
 def listing():
-    """All parts, with what they come from and the first sentence about them."""
+    """All parts, with the first paragraph about each."""
     lines = []
     for kind in PLACES:
         lines += ["", f"{kind}:"]
@@ -83,10 +84,14 @@ def listing():
 
 
 def say(text, file=None):
-    """Print. If nobody can receive it (a closed pipe, a full disk), the work goes on."""
+    """Print. If nobody can receive it (a closed pipe, a full disk), the work goes on.
+
+    A letter that the terminal does not know becomes a question mark.
+    """
     file = file or sys.stdout
+    known = text.encode(file.encoding or "utf-8", "replace").decode(file.encoding or "utf-8")
     try:
-        print(text, file=file, flush=True)
+        print(known, file=file, flush=True)
     except OSError:  # Python tries once more at the end, and then it must work
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
@@ -99,7 +104,7 @@ def complain(text):
 
 @contextlib.contextmanager
 def explained(owners, settings):
-    """If a number stops being finite, say also which settings of these parts are not the defaults.
+    """If a number stops being finite, say also which float settings are not the defaults.
 
     A CPU without memory becomes MemoryError, as a GPU without memory is torch.OutOfMemoryError.
     """

@@ -23,8 +23,8 @@ MACHINE = (Machine, visits.Threads, visits.Vmap)
 
 
 def device_of(wanted):
-    """The torch.device, set up so that numbers do not depend on threads and are true float32."""
-    torch.set_num_threads(1)  # one core for one operation; the threads of scale/ use the others
+    """The torch.device. Sets torch, too: one thread for one operation, and true float32."""
+    torch.set_num_threads(1)  # the threads of scale/ use the other cores
     torch.backends.cudnn.allow_tf32 = False
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and not gpus:

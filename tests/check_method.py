@@ -400,6 +400,6 @@ def check_off(M, off):
         found |= torch.equal(ours, run(federation(B, **shared)).w)
         assert not torch.equal(full, plain(B)["the model"]), (
             f"{M.__name__} takes the steps of {B.__name__} with its default settings, too: what it "
-            "adds has no effect"
+            "adds has no effect here (if that is right, leave `off` out, and test it yourself)"
         )
     assert found, f"{M.__name__} with {off} does not take the steps of {names}, bit for bit"

@@ -23,7 +23,7 @@ import run
 import synth
 from plumbing import terminal
 from plumbing.folder import CHECKPOINT
-from plumbing.settings import HERE, Setting, parts
+from plumbing.settings import HERE, Setting, parts, short
 from vision import data
 
 f64 = torch.float64
@@ -820,6 +820,23 @@ def test_run_starts_without_slow_imports_and_bears_a_closed_pipe():
     listing = subprocess.Popen([sys.executable, "run.py", "--list"], cwd=HERE, stdout=-1, stderr=-1)
     listing.stdout.close()
     assert listing.wait(timeout=100) in (0, 1) and b"Traceback" not in listing.stderr.read()
+
+
+def test_run_a_terminal_without_the_letters_of_the_table_gets_question_marks():
+    code = "from plumbing import terminal; terminal.say('1 \u00b1 2')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, capture_output=True, env=environment
+    )
+    assert done.stdout == b"1 ? 2\n", done.stderr
+
+
+def test_run_a_combination_is_called_by_all_its_parts(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from fl import FedAvg\nclass Mine(FedAvg):\n    pass\n")
+    algos = [f"{path}:Mine", f"scaffold+{path}:Mine", "fedsam"]
+    assert list(run.runs_of(algos, 1, {})) == ["Mine-s0", "scaffold+Mine-s0", "fedsam-s0"]
+    assert short(f"{path}:Mine+a") == "Mine+a"
 
 
 # The project.
