@@ -150,9 +150,9 @@ def test_the_numbers_of_the_main_job_are_those_of_the_stored_rows():
 
 
 def rows_of_methods():
-    """(name, up, down, gradients) for each method of the README's table; None: not said."""
+    """(name, up, down, gradients) for each method of methods/README.md; None: not said."""
     rows = {}
-    for line in README.splitlines():
+    for line in (HERE / "methods" / "README.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         names = re.findall(r"`([a-z-]+)`", cells[0])
         if len(cells) == 5 and names:
