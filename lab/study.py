@@ -115,8 +115,14 @@ def name_of(settings, watch):
 def fitting(shared, own):
     """The settings of an arm: those of its task that its parts have, and its own."""
     parts = run.owners(shared | own)
-    known = {name for part in parts for name in run.settings_of(part)}
+    known = {name for part in parts for name in names_of(part)}
     return {name: value for name, value in shared.items() if name in known} | own
+
+
+@functools.cache
+def names_of(part):
+    """The names of the settings of a part."""
+    return frozenset(run.settings_of(part))
 
 
 def train(root, settings, watch=None):

@@ -8,6 +8,7 @@ understand this file to understand a method.
 
 import argparse
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -133,6 +134,7 @@ def short(name):
     return "+".join(word.rpartition(":")[2] for word in name.split("+"))
 
 
+@functools.cache
 def parts(kind):
     """All parts of a kind ("algo", "compress", "model", "partition"): {name: class or function}."""
     found = {}
