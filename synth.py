@@ -10,8 +10,9 @@ D = (X, Y) on which plain gradient descent follows a piece of the trajectory:
 
 The target lies `window` rounds ahead, or is a mean of snapshots until then (`draw_segment`). Adam
 moves the images X [n, C, H, W], the label logits Y [n, classes] and the step size a along -grad L,
-with gradients through all M inner steps (`synthesize`); the step size a hardly moves at 1e-5. L = 1
-means that training on D comes no nearer to the target, L = 0 that it leads exactly there.
+with gradients through all M inner steps (`synthesize`); the rate of the step size is so low that it
+hardly moves. L = 1 means that training on D comes no nearer to the target, L = 0 that it leads
+exactly there.
 
     DynaFed      the server trains every new global model on D                  (`finetune`)
     FedSynSAM    the clients take the gradient of `synthetic_loss` as an estimate of the gradient

@@ -89,9 +89,9 @@ def say(text, file=None):
     A letter that the terminal does not know becomes a question mark.
     """
     file = file or sys.stdout
-    known = text.encode(file.encoding or "utf-8", "replace").decode(file.encoding or "utf-8")
+    letters = file.encoding or "utf-8"
     try:
-        print(known, file=file, flush=True)
+        print(text.encode(letters, "replace").decode(letters), file=file, flush=True)
     except OSError:  # Python tries once more at the end, and then it must work
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 

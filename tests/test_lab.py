@@ -872,6 +872,22 @@ def test_the_report_is_that_of_the_stored_rows_and_notes():
     assert not re.search(r"\{[^{}]*\|[^{}]*\}", text)  # every place of the notes is filled in
 
 
+def test_what_the_notes_say_of_the_search_for_a_radius_is_what_it_found():
+    text, found = report.notes()["radius"], {}
+    for e in tune.entries(RESULTS / "tuned.json"):
+        if e["world"] == "one bit":
+            found[e["method"]] = {s["rho"]: f"{100 * x:.1f}" for _, s, x in e["tried"]}
+            assert e["settings"] == {"rho": 0.03 if e["method"] == "fedsam" else 0.1}
+    own, synthetic, true = (found[algo] for algo in ("fedsam", "fedsynsam", "oracle"))
+    said = re.findall(
+        r"\d\d\.\d", text.split("On validation images")[1].split("FedSynSAM minus")[0]
+    )
+    three = (0.03, 0.1, 0.3)
+    wanted = [own[rho] for rho in (0.009, *three)]
+    assert said == [*wanted, *(synthetic[rho] for rho in three), *(true[rho] for rho in three)]
+    assert "radius of its own, 0.03," in (HERE / "README.md").read_text()
+
+
 def test_numbers_in_notes_are_means_and_paired_differences():
     table = pd.DataFrame(runs("a (lr 1)", [1.0, 2.0, 3.0]) + runs("b", [0.0, 1.0, 2.5]))
     assert report.filled("{a | accuracy} %", table) == "2.00 ± 2.48 %"
