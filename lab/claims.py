@@ -29,6 +29,7 @@ the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the default job
     radius       the default job with a radius of its own for each direction
+    rate         the same with a learning rate of its own for each method, too
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
 project in ours.py and onebit.py.
@@ -44,7 +45,7 @@ from plumbing.settings import HERE
 KINDS = (onebit.Default, papers.Sharpness, onebit.Compressed, onebit.Remedy, papers.Alignment)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
 KINDS += (ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit, onebit.Photographs)
-KINDS += (ours.Cifar, onebit.Descent, onebit.Radius)
+KINDS += (ours.Cifar, onebit.Descent, onebit.Radius, onebit.Rate)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 
