@@ -392,6 +392,8 @@ def job_of(given):
 
 def resumed(folder, algos, given):
     """What is in a folder: as `job_of`. Only settings of the machine may be new."""
+    if not folder.exists():
+        raise ValueError(f"there is no folder {folder}")
     for name in {"seeds", "name", "out", "quick"} & set(given):
         raise ValueError(f"--{name} is for new runs; those in {folder} continue as they were begun")
     if (folder / "comparison.json").exists():

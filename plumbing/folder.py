@@ -179,7 +179,8 @@ def read_json(path, sealed=False):
             raise ValueError("its checksum is wrong")
         return content
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error  # without number and path
+        raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
 CHECKPOINT = ("w", "t", "bytes_up", "bytes_down", "memory", "informed")  # of a Federation
