@@ -592,7 +592,8 @@ def test_every_arm_of_every_size_is_legal_and_of_its_own(name, size):
     assert claim.says and claim.refuted and claim.source
     assert claim.seeds == 1 if size == "quick" else claim.seeds in (3, 5)
     for (_, arm), (shared, grid, _) in claim.searches().items():
-        assert grid == getattr(claim, "grid", tune.GRID.get(shared["algo"], tune.RADII))
+        usual = tune.GRID.get(shared["algo"], tune.RADII)
+        assert grid == getattr(claim, "grids", {}).get(arm, usual)
         assert run.resolve(**shared)["val"]
 
 
@@ -618,6 +619,24 @@ def test_skew_takes_the_settings_that_were_tuned_for_it(tmp_path, monkeypatch):
         "one class": 5,
     }
     assert tune.SEED not in {s["seed"] for _, s in seen}
+
+
+def test_rate_and_radius_take_only_the_settings_that_were_tuned_for_them(tmp_path):
+    rate, radius = (kind("cpu", tmp_path) for kind in (onebit.Rate, onebit.Radius))
+    with pytest.raises(ValueError, match="fedavg is not tuned; .* rate --tune"):
+        rate.check()
+    for n, ((place, algo), (_, grid, seeds)) in enumerate(rate.searches().items()):
+        assert len(grid) == 2 and seeds == 3
+        found = {"size": "cpu", "world": place, "method": algo, "settings": {"lr": 0.1 + n}}
+        tune.enter(tmp_path / "tuned.json", found)
+    rate.check()
+    assert [own["lr"] for own in rate.arms("").values()] == [0.1 + n for n in range(7)]
+    assert not any("lr" in own for own in radius.arms("").values())
+    both = [{s["seed"] for _, _, s in study.jobs(claim)} for claim in (rate, radius)]
+    assert not both[0] & both[1] and len(both[0]) == len(both[1]) == 5
+    labels = pd.DataFrame({"arm": list(rate.arms(""))})
+    judged = [r for r in rate.comparisons(labels) if r.sign]
+    assert collections.Counter(r.first.arm for r in judged) == {"fedsynsam": 3, "fedsynsam-d": 3}
 
 
 @pytest.mark.parametrize("size, d", (("cpu", 50890), ("gpu", 308746)))
