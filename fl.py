@@ -39,8 +39,9 @@ hooks changed, here in the order of a round:
 
 Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `fed_back` (names
 of the vectors that error feedback is for), and `exchanges`: names of functions like `train`, each
-of which ends with an upload. What the server decoded from one before "train" is in `mine` (so
-`first_memory` declares it), its mean in `received`; `aggregate` gets the mean of "train" only.
+of which ends with an upload. After one before "train", a client has in `mine` what the server
+decoded of its own upload (declare it in `first_memory`), and in `received` the mean over the
+clients; `aggregate` gets the mean of "train" only.
 methods/alignment.py has an example.
 
 Notation
@@ -48,7 +49,7 @@ Notation
     g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
     u         ascent direction of SAM                                                          [d]
     update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
-    lr_sum    K lr, so -update / lr_sum is a mean G; on a client under vmap it is a tensor
+    lr_sum    K lr: -update / lr_sum is a mean G, weight decay included; a tensor under vmap
     received  what a client got: `broadcast`, `broadcast_once`, the mean of an earlier exchange
     mine      what this client remembers; `point`, `move`, `upload` and `remember` return it, too
     decoded   what the server reads from one upload

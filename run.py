@@ -90,7 +90,7 @@ class Run:
     val: Annotated[int, "training images held out for tuning", 0, None] = 1000
     clients: Annotated[int, "number of clients N, if the data do not say it", 1, None] = 100
     rounds: Annotated[int, "rounds T", 1, 10**7] = 80
-    seed: Annotated[int, "seed of all random choices but the validation images", 0, 10**9] = 0
+    seed: Annotated[int, "seed of the split, the first weights and training", 0, 10**9] = 0
     eval_every: Annotated[int, "rounds between evaluations", 1, None] = 2
     last: Annotated[int, "the result is a mean over so many last evaluations", 1, None] = 20
     measure_images: Annotated[int, "training images for loss and eigenvalue", 1, None] = 500

@@ -126,10 +126,10 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
         r = times(q)
         if not r.isfinite().all():
             raise FloatingPointError("a product with the Hessian is not finite")
-        diagonal.append(q @ r)
+        diagonal.append(float(q @ r))
         for _ in range(2):  # twice is enough, once is not: rounding destroys the orthogonality
             r = r - basis[: j + 1].T @ (basis[: j + 1] @ r)
-        off_diagonal.append(r.norm())
+        off_diagonal.append(float(r.norm()))
         values, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal[:-1]))
         residual = off_diagonal[-1] * vectors[-1, -1].abs()
         if residual <= tolerance * values[-1].abs():
@@ -140,8 +140,6 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
 
 def tridiagonal(diagonal, off_diagonal):
     """The symmetric tridiagonal matrix with these numbers, in float64.   [n], [n - 1] -> [n, n]"""
-    T = torch.diag(torch.stack(diagonal))
-    if off_diagonal:
-        off = torch.stack(off_diagonal)
-        T = T + torch.diag(off, 1) + torch.diag(off, -1)
-    return T.double()
+    off = torch.tensor(off_diagonal, dtype=torch.float64)
+    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    return T + torch.diag(off, 1) + torch.diag(off, -1)

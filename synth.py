@@ -18,9 +18,9 @@ exactly there.
     FedSynSAM    the clients take the gradient of `synthetic_loss` as an estimate of the gradient
                  of the global loss, and so of the ascent direction of SAM
 
-The soft cross-entropy l is a sum over classes. The released code of DynaFed divides it by the
-number of classes too, so with 10 classes its step size 0.04 is 0.004 here, and its Adam rate of the
-step size, 1e-5, is 1e-6 here.
+The soft cross-entropy l sums over classes. The released code of DynaFed takes the mean over them,
+so with 10 classes its step size 0.04 is 0.004 here, and its Adam rate of the step size, 1e-5, is
+1e-6 here.
 
 Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878) and its released code. Trajectory matching,
 Cazenavette et al. 2022.

@@ -31,7 +31,7 @@ class Claim:
 
     says, refuted: the claim, and what would refute it. source: whose claim. columns of its table,
     panels of its figure: names in verdicts.MEASURES. results: the folder of tuned.json. seeds and
-    only: fewer seeds, and only arms whose labels match this regular expression from the start.
+    only: fewer seeds, and only arms whose labels begin with a match of this regular expression.
     """
 
     says = refuted = source = ""
@@ -113,12 +113,14 @@ class Claim:
         raise NotImplementedError
 
     def comparisons(self, table):
-        """The rules whose arms are both in the table."""
+        """The rules whose arms are both in the table; what is judged is not shown again."""
         known = set(table.arm)
-        return [r for r in self.rules(table) if {r.first.arm, r.second.arm} <= known]
+        found = [r for r in self.rules(table) if {r.first.arm, r.second.arm} <= known]
+        judged = {(r.first, r.second) for r in found if r.sign}
+        return [r for r in found if r.sign or (r.first, r.second) not in judged]
 
     def baseline(self, arm):
-        """The label of FedAvg's arm that this arm is compared with in the figure of all claims."""
+        """The label of the arm that this one is compared with in the figure of all claims."""
         return "fedavg"
 
     def on_cpu(self, **settings):

@@ -151,7 +151,7 @@ class Default(Claim):
     )
     source = "the premise of FedSynSAM, arXiv 2602.11584, in the words of this project"
     refuted = (
-        "with one bit FedAvg or FedDyn is not sharper than with 2 bits; or the synthetic gradient "
+        "with one bit FedAvg or FedDyn is flatter than with 2 bits; or the synthetic gradient "
         "makes one of them sharper or less accurate; or it is less accurate than the own gradient, "
         "or more than the true one"
     )
@@ -282,7 +282,7 @@ class Radius(Claim):
     """The default job with a radius of its own for every direction, and fresh seeds.
 
     The radius is found on validation images with five seeds (`--tune`). The learning rate is 0.1
-    for all: a search for that needs more seeds (`skew` in results/README.md).
+    for all; `rate` tunes it, too.
     """
 
     says = (
@@ -349,7 +349,7 @@ class Rate(Radius):
     """
 
     says = (
-        "On the default job, with a learning rate and a radius of its own for each method, "
+        "On the default job, with a learning rate and one more setting of its own for each method, "
         "FedSynSAM is flatter and more accurate than FedAvg, and more accurate than FedSAM; on top "
         "of drift correction (FedDyn), too"
     )

@@ -71,8 +71,8 @@ def section(claim, part, outcomes, prose):
 
     outcomes: for each task its table, its comparisons and the verdict.
     """
-    lines = [f"## {claim.name}", f"{part['claim']} ({part['source']})."]
-    lines.append(f"Refuted if, significantly, {part['refuted_by']}, and nothing is as claimed.")
+    lines = [f"## {claim.name}", f"{claim.says} ({claim.source})."]
+    lines.append(f"Refuted if, significantly, {claim.refuted}, and nothing is as claimed.")
     lines.append(made_by(claim, part))
     for task, (table, found, word) in outcomes.items():
         lines += [f"### {task}"] if task else []
@@ -121,9 +121,9 @@ def counted(found):
 def summary(found):
     """All claims in one table, each with a link to its section."""
     lines = ["| | the claim | verdict |", "| --- | --- | --- |"]
-    for name, (_, part, outcomes) in found.items():
+    for name, (claim, _, outcomes) in found.items():
         for task, (_, _, word) in outcomes.items():
-            cells = (f"[{name}](#{name}) {task}".strip(), part["claim"], f"**{word}**")
+            cells = (f"[{name}](#{name}) {task}".strip(), claim.says, f"**{word}**")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

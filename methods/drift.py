@@ -50,7 +50,8 @@ class FedDyn(FedProx):
         w^{t+1} = w^t + server_lr * mean update + h        h = mean of the h_i of all N clients
 
     One gradient a step. When nothing moves any more, -prox h_i is the gradient of F_i at w^t, and
-    the h_i have mean 0: then w^t minimises F. prox = 0 is not FedAvg: the server still adds h.
+    the h_i have mean 0: then the gradient of F at w^t is 0. prox = 0 is not FedAvg, since the
+    server still adds h.
     Source: Acar et al. 2021, Algorithm 1, where prox is alpha, -prox h_i is the gradient that the
     client stores, and server_lr is 1.
     """

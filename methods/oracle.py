@@ -18,8 +18,10 @@ class Oracle(FedSAM):
     """FedSAM, but u is the gradient on images of all clients, as many of each class.
 
     Two gradients a step, one of them over all `oracle_images`. This is no method: a client peeks at
-    images that it cannot have, and they are not counted as bytes. They are the same all along.
-    FedSynSAM with mix = 1 would take the same steps if these were its synthetic images.
+    images that it cannot have, and they are not counted as bytes. They are drawn once. FedSynSAM
+    with mix = 1 would take the same steps after its warm-up if these were its synthetic images.
+    Few images give an estimate of that gradient only: of 100, it has cosine 1.00 to the gradient on
+    500 on the bundled images with one class a client, and 0.55 on CIFAR-10 (results/README.md).
     """
 
     oracle_images: Annotated[int, "images of all clients that it peeks at", 1, None] = 500
