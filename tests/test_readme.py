@@ -186,6 +186,8 @@ DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("radius", "fedsynsam - fedsam", "accuracy"),
     ("rate", "fedsynsam - fedsam", "accuracy"),
     ("tuned", "fedsynsam - fedavg", "accuracy"),
+    ("rate", "fedsynsam-d - fedspeed", "accuracy"),
+    ("rate", "fedsynsam-d - feddyn", "accuracy"),
     ("default", "dynafed - fedavg", "accuracy"),
     ("descent", "fedsynsam-descent - fedsynsam", "accuracy"),
     ("default", "fedsynsam - fedavg", "mean_model"),
