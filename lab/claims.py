@@ -3,8 +3,8 @@
     python -m lab.claims accuracy --size quick | cpu | gpu
     python -m lab.claims skew --tune               first, for a claim with settings of its own
 
-quick says whether it works; cpu takes about half an hour on two cores, and skew, whose, rate, overfit
-some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
+quick says whether it works; cpu takes about half an hour on two cores, and skew, whose, rate and
+overfit some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
 arms whose labels begin so, and keeps the stored rows of the others; claims of which no part can be
 judged refuse it. The command may be stopped and given again, and given twice at once to share the
 runs (study.py). It writes results/NAME.json and NAME.png and prints the table, all comparisons, and
