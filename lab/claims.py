@@ -4,11 +4,11 @@
     python -m lab.claims skew --tune               first, for a claim with settings of its own
 
 quick says whether it works; cpu takes about half an hour on two cores, and skew, whose, rate and
-overfit some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes only the
-arms whose labels begin so, and keeps the stored rows of the others; claims of which no part can be
-judged refuse it. The command may be stopped and given again, and given twice at once to share the
-runs (study.py). It writes results/NAME.json and NAME.png and prints the table, all comparisons, and
-the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
+overfit some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes
+only the arms whose labels begin so, and keeps the stored rows of the others; claims of which no
+part can be judged refuse it. The command may be stopped and given again, and given twice at once to
+share the runs (study.py). It writes results/NAME.json and NAME.png and prints the table, all
+comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
 
     default      the table of the README
     sharpness    compression makes the global landscape sharper, more so when clients differ
