@@ -32,9 +32,9 @@ The wire format
 A damaged or forged buffer raises ValueError, or decodes to finite numbers.
 
 Sources: QSGD, Alistarh et al. 2017; top-k and rand-k, Stich et al. 2018; sign and error feedback,
-Karimireddy et al. 2019; the classes U and B, Beznosikov et al. 2020, whose numbers are
-1 + omega and 1 / delta. The wire format is this
-project's own. Entropy codes and further compressors are in codes/.
+Karimireddy et al. 2019; the classes U and B, Beznosikov et al. 2020, who write them with the
+numbers 1 + omega and 1 / delta. The wire format is this project's own. Entropy codes and further
+compressors are in codes/.
 """
 
 import zlib

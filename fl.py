@@ -41,8 +41,7 @@ Less often: `loss` (what a client minimises), `codec` (another way to make bytes
 of the vectors that error feedback is for), and `exchanges`: names of functions like `train`, each
 of which ends with an upload. After one before "train", a client has in `mine` what the server
 decoded of its own upload (declare it in `first_memory`), and in `received` the mean over the
-clients; `aggregate` gets the mean of "train" only.
-methods/alignment.py has an example.
+clients; `aggregate` gets the mean of "train" only. methods/alignment.py has an example.
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]

@@ -20,8 +20,8 @@ class Oracle(FedSAM):
     Two gradients a step, one of them over all `oracle_images`. This is no method: a client peeks at
     images that it cannot have, and they are not counted as bytes. They are drawn once. FedSynSAM
     with mix = 1 would take the same steps after its warm-up if these were its synthetic images.
-    Few images give an estimate of that gradient only: of 100, it has cosine 1.00 to the gradient on
-    500 on the bundled images with one class a client, and 0.55 on CIFAR-10 (results/README.md).
+    Few images give only an estimate of the global gradient. That on 100 has cosine 1.00 to that on
+    500 in the main job, and 0.55 on CIFAR-10 (`default` and `cifar` in results/README.md).
     """
 
     oracle_images: Annotated[int, "images of all clients that it peeks at", 1, None] = 500

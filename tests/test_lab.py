@@ -746,6 +746,13 @@ def test_verdicts_follow_the_rows(name, effect, noise, word):
     assert verdicts.verdict(verdicts.compare(single, rules).outcome) == "Not decided"
 
 
+@pytest.mark.parametrize("name", STORED)
+def test_no_comparison_is_judged_and_shown_again_without_the_correction(name):
+    for task, table in TABLES[name].items():
+        pairs = [(r.first, r.second) for r in STORED[name][0].comparisons(table) if r.margin == 0]
+        assert len(set(pairs)) == len(pairs)
+
+
 @pytest.mark.parametrize("kind", [ours.Skew, onebit.Whose])
 def test_gains_are_paired_differences_to_fedavg_on_the_same_split(kind, tmp_path):
     claim, rows = kind("cpu", tmp_path), []
@@ -888,6 +895,7 @@ def test_the_report_is_that_of_the_stored_rows_and_notes():
     assert text == (RESULTS / "README.md").read_text(), "run python -m lab.report"
     for name in STORED:
         assert f"## {name}\n" in text and f"python -m lab.claims {name} --size " in text
+        assert f"\nRefuted if, significantly, {STORED[name][0].refuted}," in text  # today's words
     assert not re.search(r"\{[^{}]*\|[^{}]*\}", text)  # every place of the notes is filled in
 
 
