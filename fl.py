@@ -114,7 +114,7 @@ class FedAvg:
     Clipping is not part of the published algorithm; without it, some clients diverge at large lr.
     """
 
-    lr: Annotated[float, "learning rate of the local steps", 1e-12, None] = 0.1
+    lr: Annotated[float, "learning rate of the local steps (0.1 for CIFAR)", 1e-12, None] = 0.4
     lr_decay: Annotated[float, "lr is multiplied by this after every round", 1e-12, 1] = 1.0
     server_lr: Annotated[float, "step size along the mean update", 1e-12, None] = 1.0
     clip: Annotated[float, "largest norm of G; 0: no clipping", 0, None] = 10.0

@@ -114,7 +114,8 @@ def update(rounds=5):
     images = data.load("bundled")
     model = models.build("cnn", images.train.x.shape[1:], len(images.train.classes))
     clients = split.partition("dirichlet", images.train.y, 100)
-    federation = fl.Federation(fl.FedAvg(task.Images(model, images.train, clients)), Identity())
+    method = fl.FedAvg(task.Images(model, images.train, clients), lr=0.1)
+    federation = fl.Federation(method, Identity())
     for _ in range(rounds):
         federation.round()
     i = federation.choose()[0]

@@ -3,14 +3,15 @@
     python -m lab.claims accuracy --size quick | cpu | gpu
     python -m lab.claims skew --tune               first, for a claim with settings of its own
 
-quick says whether it works; cpu takes about half an hour on two cores, and skew, whose, rate and
-overfit some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID" makes
-only the arms whose labels begin so, and keeps the stored rows of the others; claims of which no
-part can be judged refuse it. The command may be stopped and given again, and given twice at once to
-share the runs (study.py). It writes results/NAME.json and NAME.png and prints the table, all
+quick says whether it works; cpu takes about half an hour on two cores, and default, skew, whose
+and overfit some hours; gpu is the full form. --seeds 1 makes fewer seeds; --only "Dir 0.1|IID"
+makes only the arms whose labels begin so, and keeps the stored rows of the others; claims of which
+no part can be judged refuse it. The command may be stopped and given again, and given twice at once
+to share the runs (study.py). It writes results/NAME.json and NAME.png and prints the table, all
 comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
 
-    default      the table of the README
+    default      the table of the README: every method with settings of its own
+    untuned      the same with lr 0.1, and with one setting for all
     sharpness    compression makes the global landscape sharper, more so when clients differ
     compressed   the same with one class per client
     remedy       where compression sharpens, does FedSynSAM help?
@@ -22,14 +23,13 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes result
     man          penalising activation norms lowers the top eigenvalue and raises accuracy
     oracle       how much is there to gain from the true global direction?
     skew         what each ascent direction gains over FedAvg, as the clients differ more
-    whose        whose gradient, or which batch? Trial directions in the default job
+    whose        whose gradient, or which batch? Trial directions in the job of untuned
     corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
     cifar        the same with all 50,000 images of CIFAR-10, for a GPU
     photographs  where compression sharpens there
-    descent      the synthetic gradient in the descent, too, in the default job
-    radius       the default job with a radius of its own for each direction
-    rate         the same with a learning rate of its own for each method, too
+    descent      the synthetic gradient in the descent, too, in the job of untuned
+    radius       that job with a radius of its own for each direction
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
 project in ours.py and onebit.py.
@@ -42,10 +42,10 @@ import run
 from lab import figures, onebit, ours, papers, study, tune, verdicts
 from plumbing.settings import HERE
 
-KINDS = (onebit.Default, papers.Sharpness, onebit.Compressed, onebit.Remedy, papers.Alignment)
-KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
-KINDS += (ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit, onebit.Photographs)
-KINDS += (ours.Cifar, onebit.Descent, onebit.Radius, onebit.Rate)
+KINDS = (onebit.Default, onebit.Untuned, papers.Sharpness, onebit.Compressed, onebit.Remedy)
+KINDS += (papers.Alignment, papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign)
+KINDS += (papers.Man, ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit)
+KINDS += (onebit.Photographs, ours.Cifar, onebit.Descent, onebit.Radius)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

@@ -21,7 +21,7 @@ class Oracle(FedSAM):
     images that it cannot have, and they are not counted as bytes. They are drawn once. FedSynSAM
     with mix = 1 would take the same steps after its warm-up if these were its synthetic images.
     Few images give only an estimate of the global gradient. That on 100 has cosine 1.00 to that on
-    500 in the main job, and 0.55 on CIFAR-10 (`default` and `cifar` in results/README.md).
+    500 in the main job, and 0.55 on CIFAR-10 (`untuned` and `cifar` in results/README.md).
     """
 
     oracle_images: Annotated[int, "images of all clients that it peeks at", 1, None] = 500

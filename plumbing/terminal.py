@@ -40,14 +40,14 @@ def card(result, settings, folder):
     if beside:
         words = ", ".join(f"{algo}~{100 * x:.1f}" for algo, x in beside.items())
         lines = textwrap.wrap(words, 62)
-        shown["others, stored"] = ("\n" + 18 * " ").join(lines).replace("~", " ")
+        shown["others, tuned"] = ("\n" + 18 * " ").join(lines).replace("~", " ")
     shown |= {"settings": result["settings"], "folder": folder}
     title = f"--- {result['algo']}, seed {result['seed']}, d = {result['d']:,} "
     return "\n".join([title.ljust(80, "-"), *(f"{n:>16}  {text}" for n, text in shown.items())])
 
 
 def stored_beside(settings, path=HERE / "results" / "default.json"):
-    """Mean test accuracies of other methods in the README's job, if these settings are of it."""
+    """Mean test accuracies in the README's table, tuned, if these settings are those of its job."""
     stored = json.loads(path.read_text()).get("cpu") if path.exists() else None
     if not stored:
         return {}

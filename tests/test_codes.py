@@ -4,6 +4,7 @@ import math
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -477,3 +478,13 @@ def test_zlib_gains_when_the_signs_of_zeros_are_cleared():
     sent, cleared = tradeoff.zipped(x)
     assert cleared < sent < 2 + 32 / 512 + 0.1
     assert "cleared" in tradeoff.table(x, "heavy")
+
+
+def test_the_table_of_the_readme_is_that_of_the_update():
+    """To within an eighth: another processor draws, and trains, a little otherwise."""
+    x, text = tradeoff.update(), Path(tradeoff.__file__).with_name("README.md").read_text()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+    told = {row[0].strip("`"): row[4:] for row in rows if len(row) == 6}
+    for name in ("natural", "sign", "topk --k 0.05", "qsgd --levels 1", "qsgd --levels 7"):
+        found = tradeoff.measure(tradeoff.compressors(len(x))[name], x[None])
+        assert found == pytest.approx([float(cell) for cell in told[name]], rel=1 / 8)

@@ -621,22 +621,23 @@ def test_skew_takes_the_settings_that_were_tuned_for_it(tmp_path, monkeypatch):
     assert tune.SEED not in {s["seed"] for _, s in seen}
 
 
-def test_rate_and_radius_take_only_the_settings_that_were_tuned_for_them(tmp_path):
-    rate, radius = (kind("cpu", tmp_path) for kind in (onebit.Rate, onebit.Radius))
-    with pytest.raises(ValueError, match="fedavg is not tuned; .* rate --tune"):
-        rate.check()
-    for n, ((place, algo), (_, grid, seeds)) in enumerate(rate.searches().items()):
+def test_default_and_radius_take_only_the_settings_that_were_tuned_for_them(tmp_path):
+    default, radius = (kind("cpu", tmp_path) for kind in (onebit.Default, onebit.Radius))
+    with pytest.raises(ValueError, match="fedavg is not tuned; .* default --tune"):
+        default.check()
+    rates = {}
+    for n, ((place, algo), (_, grid, seeds)) in enumerate(default.searches().items()):
         assert len(grid) == 2 and seeds == 3
-        found = {"size": "cpu", "world": place, "method": algo, "settings": {"lr": 0.1 + n}}
+        rates[algo] = 0.1 + n
+        found = {"size": "cpu", "world": place, "method": algo, "settings": {"lr": rates[algo]}}
         tune.enter(tmp_path / "tuned.json", found)
-    rate.check()
-    assert [own["lr"] for own in rate.arms("").values()] == [0.1 + n for n in range(7)]
-    assert not any("lr" in own for own in radius.arms("").values())
-    both = [{s["seed"] for _, _, s in study.jobs(claim)} for claim in (rate, radius)]
+    default.check()
+    arms = default.arms("")
+    assert set(arms) == {*rates, "fedavg, 2 bits", "feddyn, 2 bits"}
+    assert all(own["lr"] == rates[own["algo"]] for own in arms.values())
+    assert {s["lr"] for _, _, s in study.jobs(radius)} == {0.1}
+    both = [{s["seed"] for _, _, s in study.jobs(claim)} for claim in (default, radius)]
     assert not both[0] & both[1] and len(both[0]) == len(both[1]) == 5
-    labels = pd.DataFrame({"arm": list(rate.arms(""))})
-    judged = [r for r in rate.comparisons(labels) if r.sign]
-    assert collections.Counter(r.first.arm for r in judged) == {"fedsynsam": 3, "fedsynsam-d": 3}
 
 
 @pytest.mark.parametrize("size, d", (("cpu", 50890), ("gpu", 308746)))
@@ -688,14 +689,14 @@ def test_stored_rows_give_the_stored_table(name):
     assert checked > 20
 
 
+PREMISE = {("eigenvalue", 1, 0): 2, ("eigenvalue", -1, 0): 2, ("accuracy", 1, 0): 6}
+
+
 @pytest.mark.parametrize(
     "name, claimed, word",
     [
-        (
-            "default",
-            {("eigenvalue", 1, 0): 2, ("eigenvalue", -1, 0): 2, ("accuracy", 1, 0): 6},
-            "Holds in part",
-        ),
+        ("default", PREMISE, "Mixed"),
+        ("untuned", PREMISE, "Holds in part"),
         ("sharpness", {("excess", 1, 0): 16}, "No significant difference"),
         ("alignment", {("cos_synthetic", 1, 0): 16, ("cos_last_move", -1, 0): 6}, "Holds in part"),
         ("accuracy", {("accuracy", 1, 0): 6}, "Refuted"),

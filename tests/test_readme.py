@@ -1,6 +1,7 @@
 """What the README says is true: its code runs, its commands work, its numbers are measured."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -172,22 +173,24 @@ def numbers_of(cell, k):
 
 SHARP = "1 bit, feedback, "
 POOLED = {  # claims with the same two arms, and how their labels begin
-    "untuned": {"default": "", "remedy": SHARP, "radius": ""},
-    "tuned": {"remedy": SHARP + "tuned, ", "rate": ""},
+    "lr 0.1": {"untuned": "", "remedy": SHARP, "radius": ""},
+    "tuned": {"remedy": SHARP + "tuned, ", "default": ""},
 }
 DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("default", "fedsynsam - fedavg", "eigenvalue"),
+    ("default", "fedsynsam - fedavg", "test_loss"),
     ("default", "fedsynsam - fedavg", "accuracy"),
-    ("untuned", "fedsynsam - fedavg", "accuracy"),
-    ("default", "fedsynsam-d - feddyn", "accuracy"),
+    ("tuned", "fedsynsam - fedavg", "accuracy"),
     ("default", "fedsynsam - fedsam", "accuracy"),
     ("default", "oracle - fedsynsam", "accuracy"),
+    ("default", "fedsynsam-d - fedspeed", "accuracy"),
+    ("default", "fedsynsam-d - feddyn", "accuracy"),
     ("default", "oracle+feddyn - fedsynsam-d", "accuracy"),
+    ("untuned", "fedsynsam - fedsam", "accuracy"),
+    ("untuned", "fedsynsam - fedavg", "accuracy"),
+    ("lr 0.1", "fedsynsam - fedavg", "accuracy"),
+    ("untuned", "fedsynsam-d - feddyn", "accuracy"),
     ("radius", "fedsynsam - fedsam", "accuracy"),
-    ("rate", "fedsynsam - fedsam", "accuracy"),
-    ("tuned", "fedsynsam - fedavg", "accuracy"),
-    ("rate", "fedsynsam-d - fedspeed", "accuracy"),
-    ("rate", "fedsynsam-d - feddyn", "accuracy"),
     ("default", "dynafed - fedavg", "accuracy"),
     ("descent", "fedsynsam-descent - fedsynsam", "accuracy"),
     ("default", "fedsynsam - fedavg", "mean_model"),
@@ -230,17 +233,29 @@ def test_other_numbers_in_the_text_are_those_of_the_stored_rows():
         (table,) = claims.tables(*stored[name]).values()
         return table.groupby("arm")[["eigenvalue", "accuracy"]].mean()
 
-    sharp, main = means("compressed").eigenvalue, means("default")
+    sharp, main, untuned = means("compressed").eigenvalue, means("default"), means("untuned")
     assert f"{sharp['1 bit, feedback']:.0f} in place of {sharp['none']:.0f}" in README
-    one, two = main.loc[["fedavg", "feddyn"]], main.loc[["fedavg, 2 bits", "feddyn, 2 bits"]]
-    times = one.eigenvalue.to_numpy() / two.eigenvalue.to_numpy()
-    lost = two.accuracy.to_numpy() - one.accuracy.to_numpy()
-    assert "{:.0f} times as large (FedAvg), {:.0f} times".format(*times) in README
-    assert "costs {:.0f} and {:.0f} points".format(*lost) in README
-    assert f"(`rate`; FedAvg {means('rate').accuracy['fedavg']:.1f} %)" in README
-    rates = {row["arm"]: row["fields"]["lr"] for row in stored["rate"][1]["rows"]}
-    slower = dict.fromkeys(("dynafed", "feddyn", "fedsynsam-d"), 0.2)
-    assert rates == dict.fromkeys(("fedavg", "fedsam", "fedsynsam", "fedspeed"), 0.4) | slower
+    two_bits, text = ["fedavg, 2 bits", "feddyn, 2 bits"], " ".join(README.split())
+    times = main.eigenvalue[["fedavg", "feddyn"]].array / main.eigenvalue[two_bits].array
+    assert "{:.0f} times as large (FedAvg), {:.0f} times".format(*times) in text
+    assert "have {:.1f} and {:.1f} % (`untuned`)".format(*untuned.accuracy[two_bits]) in text
+
+
+UNTUNED = ("compress", "levels", "seed", "oracle_images")
+
+
+def test_the_settings_of_the_main_table_are_those_of_the_stored_rows():
+    text = " ".join(README.split())
+    fast = re.findall(r"`([^`]+)`", text.split("lr is 0.4 for")[1].split("and 0.2 for the")[0])
+    assert "`--rho 0.03` for `fedlesam` and `--finetune-lr 0.001` for `dynafed`" in text
+    own = {"fedlesam": {"rho": 0.03}, "dynafed": {"finetune_lr": 0.001}}
+    rows = json.loads((HERE / "results" / "default.json").read_text())["cpu"]["rows"]
+    for row in rows:
+        algo, settings = row["algo"], row["fields"]
+        told = run.resolve(algo=algo) | {"lr": 0.4 if algo in fast else 0.2} | own.get(algo, {})
+        told |= {k: settings[k] for k in UNTUNED if k in settings}
+        assert {k: told[k] for k in settings} == settings
+    assert set(fast) < {row["algo"] for row in rows}
 
 
 def measured(name):

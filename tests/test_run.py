@@ -337,8 +337,8 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     path.write_text(json.dumps({"quick": {"rows": rows}}))
     assert terminal.stored_beside(settings, path) == {}
     shown = terminal.card(result, settings, tmp_path)
-    assert "others, stored  fedavg" in shown and max(map(len, shown.splitlines())) < 90
-    assert "others, stored" not in terminal.card(result, settings | {"lr": 0.2}, tmp_path)
+    assert "others, tuned  fedavg" in shown and max(map(len, shown.splitlines())) < 90
+    assert "others, tuned" not in terminal.card(result, settings | {"lr": 0.2}, tmp_path)
     assert "(mean of 2 evaluations, rounds 2 to 4)" in shown
     assert "(round 8)" in terminal.card(result | {"averaged": [8]}, settings, tmp_path)
 
