@@ -11,7 +11,7 @@ to share the runs (study.py). It writes results/NAME.json and NAME.png and print
 comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
 
     default      the table of the README: every method with settings of its own
-    untuned      the same with lr 0.1, and with one setting for all
+    untuned      the same job with lr 0.1, nothing tuned
     sharpness    compression makes the global landscape sharper, more so when clients differ
     compressed   the same with one class per client
     remedy       where compression sharpens, does FedSynSAM help?

@@ -316,7 +316,7 @@ class Radius(Claim):
     def plain_arms(self):
         """The arms before the search."""
         found = Untuned(self.size).arms("")
-        return {algo: found[algo] for algo in dict.fromkeys((*self.families[0], *self.grids))}
+        return {algo: found[algo] for algo in self.families[0]}
 
     def arms(self, task):
         arms = self.plain_arms()
@@ -350,13 +350,13 @@ class Default(Radius):
     around it. With 2 bits a method keeps what was found for one.
 
     It began with seven methods and six judged comparisons. The true gradient, FedLESAM and 2 bits
-    came later, with four more; these rules, too, are older than the runs that they judge.
+    came later, with four more, which were written before the runs that they judge.
     """
 
     says, refuted, rules = Untuned.says, Untuned.refuted, Untuned.rules
     pictures, first_seed = Untuned.pictures, 40
     place, tuning_seeds = "default", 3
-    families, others = Untuned.families, Untuned.others
+    families = Untuned.families
     rates = {"lr": (0.2, 0.4, 0.8)}
     grids = {"fedavg": rates | tune.SERVER}
     grids |= dict.fromkeys((*families[0][1:], "fedlesam"), rates | {"rho": (0.01, 0.03, 0.1)})

@@ -40,7 +40,7 @@ from lab.claim import Claim
 from lab.verdicts import Rule, Value
 from methods.alignment import FedGA
 from methods.ours import FedSynSAM_Debiased
-from plumbing.settings import HERE, parts
+from plumbing.settings import HERE, changes_seconds, parts
 from tests.toys import Linear, Quadratics, f64, normal
 from vision import data, models
 
@@ -745,6 +745,20 @@ def test_verdicts_follow_the_rows(name, effect, noise, word):
     assert verdicts.verdict(verdicts.compare(table, rules).outcome) == word
     single = table[table.seed == claim.first_seed]
     assert verdicts.verdict(verdicts.compare(single, rules).outcome) == "Not decided"
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_claim_run_today_has_the_settings_of_its_stored_rows(name):
+    """A new default must not change what a claim runs. Some names are other ones in older rows."""
+    (claim, part), renamed = STORED[name], {"algo", "dataset", "error_feedback"}
+    rows = {(study.plain(row)["arm"], row["seed"]): row for row in part["rows"]}
+    jobs = [(arm, own) for _, arm, own in study.jobs(claim) if own["seed"] == claim.first_seed]
+    stored = [(rows[arm, own["seed"]], own) for arm, own in jobs if (arm, own["seed"]) in rows]
+    assert stored
+    for row, own in stored:
+        now, then = run.resolve(**own), part["defaults"] | row.get("fields", {})
+        same = {k for k in now.keys() & then.keys() - renamed if not changes_seconds(k)}
+        assert {k: now[k] for k in same} == {k: then[k] for k in same}, row["seed"]
 
 
 @pytest.mark.parametrize("name", STORED)
