@@ -16,6 +16,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes result
     compressed   the same with one class per client
     remedy       where compression sharpens, does FedSynSAM help?
     alignment    own gradient and last update mis-estimate the global one, synthetic data do not
+    learnt       the same, beside images that were never learnt
     accuracy     under compression FedSynSAM generalises better than its rivals
     hyper        FedSynSAM is robust to its settings
     fedsynth     synthetic data are worth their bytes, against random masking
@@ -23,7 +24,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes result
     man          penalising activation norms lowers the top eigenvalue and raises accuracy
     oracle       how much is there to gain from the true global direction?
     skew         what each ascent direction gains over FedAvg, as the clients differ more
-    whose        whose gradient, or which batch? Trial directions in the job of untuned
+    whose        whose gradient, or which batch? Trial directions in the job of default
     corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
     cifar        the same with all 50,000 images of CIFAR-10, for a GPU
@@ -43,9 +44,9 @@ from lab import figures, onebit, ours, papers, study, tune, verdicts
 from plumbing.settings import HERE
 
 KINDS = (onebit.Default, onebit.Untuned, papers.Sharpness, onebit.Compressed, onebit.Remedy)
-KINDS += (papers.Alignment, papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign)
-KINDS += (papers.Man, ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit)
-KINDS += (onebit.Photographs, ours.Cifar, onebit.Descent, onebit.Radius)
+KINDS += (papers.Alignment, ours.Learnt, papers.Accuracy, papers.Hyper, papers.FedSynth)
+KINDS += (papers.GradAlign, papers.Man, ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected)
+KINDS += (ours.Overfit, onebit.Photographs, ours.Cifar, onebit.Descent, onebit.Radius)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

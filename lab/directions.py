@@ -9,19 +9,14 @@ All are FedSAM, the gradient at w + rho u / ||u||, with another u:
     AnotherClient    another client's gradient; the clients peek
     Negative         minus the own gradient
     Random           random numbers
-    Projected        the own gradient without its part against g_syn
-    OncePerRound     g_syn at w^t, the same in all steps of a round, made at the server
 
-g_syn is the gradient on FedSynSAM's synthetic images. All run in the plain loop and in threads;
-WholeClient and Random do not run under vmap. Two trials that won are methods now (methods/ours.py).
+All run in the plain loop and in threads; WholeClient and Random do not run under vmap. Two trials
+that won are methods now (methods/ours.py).
 """
 
 import torch
 
-import sam
-from fl import FedSAM, FedSynSAM, rng
-
-# ----------------------------------------------------------------------- without synthetic images
+from fl import FedSAM, rng
 
 
 class AnotherBatch(FedSAM):
@@ -88,32 +83,3 @@ class Random(FedSAM):
     def direction(self, w, batch, received, mine):
         generator = rng(self.seed, "direction", batch.tolist())
         return torch.randn(len(w), generator=generator, dtype=w.dtype).to(w.device)
-
-
-# -------------------------------------------------------------------------- with synthetic images
-
-
-class Projected(FedSynSAM):
-    """u is the own gradient; where it points against g_syn, that part is taken out."""
-
-    def direction(self, w, batch, received, mine):
-        if "X" not in received:
-            return super().direction(w, batch, received, mine)
-        g, unit = self.gradient(w, batch), sam.unit(self.synthetic_gradient(w, received))
-        return g - (g @ unit).clamp(max=0) * unit
-
-
-class OncePerRound(FedSynSAM):
-    """u is g_syn at w^t. One gradient a step and one more vector down, as FedLESAM_Server."""
-
-    def broadcast(self, w):
-        sent = super().broadcast(w)
-        if self.state["X"] is None:
-            return sent | {"u": torch.zeros_like(w)}
-        return sent | {"u": self.synthetic_gradient(w, self.state)}
-
-    def broadcast_once(self):
-        return {}  # the images stay at the server
-
-    def direction(self, w, batch, received, mine):
-        return received["u"]

@@ -176,32 +176,71 @@ def gains(claim, table, name, measure):
 
 
 def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eigenvalue")):
-    """Gain over FedAvg against another measure, a point an arm with its 95 % t-interval.
+    """Gain over the baseline against another measure, a point an arm with its 95 % t-interval.
 
-    A few arms that are much farther away would leave the others no room: they are named instead.
+    A row for each split. A few arms that are much farther away would leave the others no room:
+    they are named instead.
     """
-    gains = {arm: gain_of(claim, table, arm, gain) for arm in dict.fromkeys(table.arm)}
-    far = too_far([abs(y) for y, *_ in gains.values()])
-    left_out = [f"{arm} ({y:+.2f})" for arm, (y, *_) in gains.items() if abs(y) > far]
-    seen = {arm: ends for arm, ends in gains.items() if not abs(ends[0]) > far}
-    splits = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm))
-    colours = dict(zip(splits, COLOURS))
+    points = {measure: gains_against(claim, table, gain, measure) for measure in against}
+    left_out = [f"{p.arm} ({p.mean:+.2f})" for p in points[against[-1]].itertuples() if p.far]
+    splits, words = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm)), []
     with plt.rc_context(STYLE | {"font.size": 10}):
-        page, axes = plt.subplots(1, len(against), figsize=(12, 5), layout="constrained")
-        for axis, measure in zip(axes, against):
-            for arm, ends in seen.items():
-                x = verdicts.values(table, Value(arm, measure)).mean()
-                draw_gain(axis, x, ends, colours[arm.split(", ")[0]], words_of(claim, arm))
-            axis.axhline(0, color="black", lw=0.8)
-            title = "cosine to the true gradient" if measure == "cos_used" else MEASURES[measure][0]
-            axis.set(xlabel=title, ylabel=f"{MEASURES[gain][0]}, minus FedAvg's")
-        handles = [plt.Line2D([], [], color=c, marker="o", ls="") for c in colours.values()]
-        page.legend(handles, splits, loc="outside upper center", ncols=len(splits), frameon=False)
-        below = ["out of the picture: " + ", ".join(left_out)] if left_out else []
-        below += ["without a name: other syntheses"] if hasattr(claim, "estimates") else []
-        page.supxlabel("; ".join(below), fontsize=9)
+        size = {"figsize": (12, 1 + 4.5 * len(splits)), "layout": "constrained"}
+        page, axes = plt.subplots(len(splits), len(against), squeeze=False, sharex="col", **size)
+        for row, split, colour in zip(axes, splits, COLOURS[3:]):
+            for axis, (measure, found) in zip(row, points.items()):
+                mine = found[(found.split == split) & ~found.far]
+                for p in mine.itertuples():
+                    draw_gain(axis, p.x, (p.mean, p.low, p.high), colour)
+                    words.append((axis, p.x, p.mean, words_of(p.arm)))
+                axis.set_title(f"rank correlation {rank_correlation(mine):+.2f}")
+                axis.axhline(0, color="black", lw=0.8)
+            row[0].set_ylabel(f"{split}: {MEASURES[gain][0]},\nminus that without an ascent")
+        for axis, (measure, found) in zip(axes[-1], points.items()):
+            wide = measure != "cos_used" and found.x.max() > 20 * found.x.min()
+            axis.set_xscale("log" if wide else "linear")
+            cosine = measure == "cos_used"
+            axis.set_xlabel("cosine to the true gradient" if cosine else MEASURES[measure][0])
+        page.supxlabel("out of the picture: " + ", ".join(left_out) if left_out else "", fontsize=9)
+        page.draw_without_rendering()  # from now on every point has its place on the page
+        write_beside(words)
         page.savefig(path, bbox_inches="tight")
         plt.close(page)
+
+
+def gains_against(claim, table, gain, measure):
+    """Of every arm its split, its gain (mean, low, high), the mean x of a measure, if it is far.
+
+    Arms without that measure are left out.
+    """
+    arms = list(dict.fromkeys(table.arm))
+    found = pd.DataFrame([gain_of(claim, table, arm, gain) for arm in arms])
+    found.columns = ["mean", "low", "high"]
+    found["arm"], found["split"] = arms, [arm.split(", ")[0] for arm in arms]
+    found["x"] = [verdicts.values(table, Value(arm, measure)).mean() for arm in arms]
+    found["far"] = found["mean"].abs() > too_far(found["mean"].abs())
+    return found[found.x.notna()]
+
+
+def rank_correlation(points):
+    """Spearman's, of the means of gains_against."""
+    return points.x.corr(points["mean"], "spearman")
+
+
+def write_beside(points):
+    """The words of (axis, x, y, words) beside their points, so high that none covers another."""
+    taken, heights = [], [step * sign for step in range(0, 300, 7) for sign in (1, -1)]
+    paper = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
+    for axis, x, y, words in points:
+        text = axis.annotate(words, (x, y), (8, 0), textcoords="offset pixels", fontsize=8)
+        text.set(in_layout=False, va="center", bbox=paper)
+        if text.get_window_extent().x1 > axis.bbox.x1:
+            text.set(ha="right", x=-8)
+        for height in heights:
+            text.set_y(height)
+            if not any(text.get_window_extent().overlaps(box) for box in taken):
+                break
+        taken.append(text.get_window_extent())
 
 
 def too_far(sizes):
@@ -213,19 +252,15 @@ def too_far(sizes):
     return np.inf
 
 
-def draw_gain(axis, x, ends, colour, words):
-    """A point at x with its interval (y, low, high); none if x is nan."""
-    y, low, high = ends
-    if not np.isnan(x):
-        axis.vlines(x, low, high, color=colour, lw=1)
-        axis.plot(x, y, "o", color=colour, ms=5)
-        axis.annotate(words, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+def draw_gain(axis, x, ends, colour):
+    """A point at x with its interval (y, low, high)."""
+    axis.vlines(x, *ends[1:], color=colour, lw=1, alpha=0.6)
+    axis.plot(x, ends[0], "o", color=colour, ms=5, zorder=5)
 
 
-def words_of(claim, arm):
-    """How an arm is called in a picture; a claim's other syntheses, which lie close, are not."""
-    name = arm.split(", ")[1]
-    return "" if name in getattr(claim, "estimates", ()) else name.split(" (")[0]
+def words_of(arm):
+    """How an arm is called in a picture, where the colour says its split."""
+    return arm.split(", ", 1)[1].split(" (")[0]
 
 
 def gain_of(claim, table, arm, measure):
@@ -282,13 +317,14 @@ def to_fedavg(claim, table, measure):
 
 
 def draw_overview(path, claims):
-    """Every arm of every claim on one page: accuracy and top eigenvalue minus FedAvg's, same seeds.
+    """Every arm of every claim on one page: accuracy and top eigenvalue minus the baseline's.
 
     claims: {name: (claim, table)}.
     """
     sizes = {
         name: len(to_fedavg(claim, table, "accuracy")) for name, (claim, table) in claims.items()
     }
+    sizes = {name: size for name, size in sizes.items() if size}
     columns = in_two(sizes)
     with plt.rc_context(STYLE | {"font.size": 8}):
         tall = max(sum(sizes[name] + 3 for name in column) for column in columns)
@@ -299,8 +335,8 @@ def draw_overview(path, claims):
             for pair, name in zip(axes, column):
                 draw_pair(pair, name, *claims[name])
         page.suptitle(
-            "Every arm minus FedAvg (in descent: minus FedSynSAM), same seeds: mean and 95 % "
-            "t-interval, without correction. Blue: better, red: worse, grey: it crosses 0",
+            "Every arm minus FedAvg (in descent: FedSynSAM; on FedDyn: FedDyn), same seeds: mean "
+            "and 95 % t-interval, without correction. Blue: better, red: worse, grey: it crosses 0",
             fontsize=10,
         )
         page.savefig(path, bbox_inches="tight")

@@ -362,10 +362,11 @@ MEASURES = {
 }
 
 
-def measure(folder, wanted):
+def measure(folder, wanted, **given):
     """Measures of a finished run, from its folder or made now: {name: value}.
 
-    wanted: {name in MEASURES: {argument: value}}. Raises ValueError for an unknown measure.
+    wanted: {name in MEASURES: {argument: value}}; given: as for run.load, which needs the algo of a
+    method in a file of the reader's own. Raises ValueError for an unknown measure.
     """
     folder, found, loaded = Path(folder), {}, None
     for name, arguments in wanted.items():
@@ -373,7 +374,7 @@ def measure(folder, wanted):
             raise ValueError(f"unknown measure {name!r}; {closest(name, list(MEASURES))}")
         path = folder / "measures" / f"{name}-{digest(name, arguments)}.json"
         if not path.exists():
-            loaded = loaded or opened(folder)
+            loaded = loaded or opened(folder, **given)
             path.parent.mkdir(exist_ok=True)
             run.write(path, json.dumps(MEASURES[name](*loaded, **arguments)) + "\n")
         found |= read_json(path)
@@ -386,11 +387,11 @@ def digest(name, arguments):
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def opened(folder):
+def opened(folder, **given):
     """The federation of a finished run and the Sample it is measured on."""
     if not (folder / "result.json").exists():
         raise ValueError(f"{folder} holds no finished run; python run.py --resume {folder}")
-    federation, images = run.load(folder)
+    federation, images = run.load(folder, **given)
     n = read_json(folder / "config.json")["settings"]["measure_images"]
     return federation, sample_of(federation, images.train, n)
 

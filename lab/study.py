@@ -222,7 +222,7 @@ def row_of(claim, root, task, arm, settings):
     except FloatingPointError as error:
         return row | {"diverged": str(error)}
     with alone(folder):
-        found = measures.measure(folder, claim.measures(settings["seed"]))
+        found = measures.measure(folder, claim.measures(settings["seed"]), algo=settings["algo"])
     seen = measures.watched(folder)
     log = [line | seen.get(line["round"], {}) for line in log]
     log = [line for line in log if "test_acc" in line or line["round"] in seen]

@@ -12,7 +12,6 @@ from tests import check_method
 from tests.toys import Linear, f64
 
 SMALL = {"warmup": 2, "window": 2, "outer_steps": 3, "inner_steps": 2, "ipc": 1, "lr": 0.3}
-SYNTHETIC = (D.Projected, D.OncePerRound)
 
 
 def federation(M, rounds=0, **settings):
@@ -106,26 +105,6 @@ def test_debiased_keeps_what_a_batch_has_of_its_own():
     assert not mine["g_sum"].any() and not mine["g_count"].any()
 
 
-def test_projected_has_no_part_against_the_synthetic_gradient():
-    f, sides = federation(D.Projected, 3), set()
-    for i in range(len(f.task.sizes)):
-        w, batch, received, mine, _ = asked(f, i, 0)
-        g, s = gradient(f, w, batch), synthetic(f, w)
-        u = f.method.direction(w, batch, received, mine)
-        against = float(g @ s) < 0
-        sides.add(against)
-        expected = g - (g @ s) / (s @ s) * s if against else g
-        assert torch.allclose(u, expected, atol=1e-12) and float(u @ s) > -1e-12
-    assert sides == {True, False}
-
-
-def test_once_per_round_sends_a_vector_and_no_images():
-    f = federation(D.OncePerRound, 3)
-    received = f.send_down([0])
-    assert set(received) == {"w", "u"} and torch.equal(received["u"], synthetic(f, f.w))
-    assert f.method.direction(f.w + 1, None, received, {}) is received["u"]
-
-
 @pytest.mark.parametrize("pull", [0.0, 0.3, 1.0])
 def test_descent_moves_along_the_synthetic_gradient_too(pull):
     f = federation(FedSynSAM_Descent, 3, pull=pull, mix=1.0, clip=0.0)
@@ -136,14 +115,13 @@ def test_descent_moves_along_the_synthetic_gradient_too(pull):
 
 
 @pytest.mark.parametrize("warmup_method", ["fedavg", "fedsam"])
-@pytest.mark.parametrize("M", [*SYNTHETIC, FedSynSAM_Debiased, FedSynSAM_Descent], ids=str)
+@pytest.mark.parametrize("M", [FedSynSAM_Debiased, FedSynSAM_Descent], ids=str)
 def test_before_the_synthesis_they_are_their_parent(M, warmup_method):
     f = federation(M, 2, warmup_method=warmup_method)
-    alone = warmup_method == "fedavg" or M is D.OncePerRound  # which sends u = 0 until then
-    parent = fl.FedAvg if alone else fl.FedSAM
+    parent = fl.FedAvg if warmup_method == "fedavg" else fl.FedSAM
     assert torch.equal(f.w, federation(parent, 2).w)
 
 
-@pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient, *SYNTHETIC], ids=str)
+@pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient], ids=str)
 def test_trials_keep_the_rules(M):
     check_method.check_method(M)

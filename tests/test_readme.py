@@ -172,28 +172,36 @@ def numbers_of(cell, k):
 
 
 SHARP = "1 bit, feedback, "
-POOLED = {  # claims with the same two arms, and how their labels begin
-    "lr 0.1": {"untuned": "", "remedy": SHARP, "radius": ""},
-    "tuned": {"remedy": SHARP + "tuned, ", "default": ""},
+PAIR = "fedsynsam - fedavg"
+POOLED = {  # claims with the same two arms, and what these are called there
+    "lr 0.1": {"untuned": PAIR, "radius": PAIR, "remedy": f"{SHARP}fedsynsam - {SHARP}fedavg"},
+    "tuned": {
+        "default": PAIR,
+        "remedy": f"{SHARP}tuned, fedsynsam - {SHARP}tuned, fedavg",
+        "whose": "FedAvg, synthetic - FedAvg, none",
+    },
 }
 DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("default", "fedsynsam - fedavg", "eigenvalue"),
     ("default", "fedsynsam - fedavg", "test_loss"),
     ("default", "fedsynsam - fedavg", "accuracy"),
     ("tuned", "fedsynsam - fedavg", "accuracy"),
+    ("whose", "FedAvg, synthetic - FedAvg, synthetic, not learnt", "accuracy"),
+    ("learnt", "one class, 1 bit, learnt - one class, 1 bit, not learnt", "cos_synthetic"),
+    ("learnt", "one class, 2 bits, learnt - one class, 2 bits, not learnt", "cos_synthetic"),
     ("default", "fedsynsam - fedsam", "accuracy"),
     ("default", "oracle - fedsynsam", "accuracy"),
     ("default", "fedsynsam-d - fedspeed", "accuracy"),
-    ("default", "fedsynsam-d - feddyn", "accuracy"),
     ("default", "oracle+feddyn - fedsynsam-d", "accuracy"),
-    ("untuned", "fedsynsam - fedsam", "accuracy"),
-    ("untuned", "fedsynsam - fedavg", "accuracy"),
     ("lr 0.1", "fedsynsam - fedavg", "accuracy"),
     ("untuned", "fedsynsam-d - feddyn", "accuracy"),
     ("radius", "fedsynsam - fedsam", "accuracy"),
     ("default", "dynafed - fedavg", "accuracy"),
     ("descent", "fedsynsam-descent - fedsynsam", "accuracy"),
     ("default", "fedsynsam - fedavg", "mean_model"),
+    ("whose", "FedDyn, true - FedDyn, none", "accuracy"),
+    ("whose", "FedDyn, another batch - FedDyn, none", "accuracy"),
+    ("whose", "FedDyn, synthetic - FedDyn, none", "accuracy"),
     ("cifar", "Dir 0.1, own - Dir 0.1, fedavg", "test_loss"),
     ("cifar", "Dir 0.1, true - Dir 0.1, fedavg", "test_loss"),
     ("cifar", "Dir 0.1, debiased - Dir 0.1, fedavg", "test_loss"),
@@ -213,9 +221,9 @@ def test_differences_in_the_text_are_those_of_the_stored_rows():
     stored = claims.stored_claims(HERE / "results")
     for said, (name, arms, measure) in zip(found, DIFFERENCES):
         x = []
-        for claim, prefix in POOLED.get(name, {name: ""}).items():
+        for claim, pair in POOLED.get(name, {name: arms}).items():
             table = claims.tables(*stored[claim])[""]
-            labels = [report.arm_called(prefix + arm, table) for arm in arms.split(" - ")]
+            labels = [report.arm_called(arm, table) for arm in pair.split(" - ")]
             x += [*verdicts.differences(table, *(verdicts.Value(a, measure) for a in labels))]
         true = verdicts.interval(x)
         for text, x in zip(said, true):
@@ -225,7 +233,7 @@ def test_differences_in_the_text_are_those_of_the_stored_rows():
 
 def test_other_numbers_in_the_text_are_those_of_the_stored_rows():
     pytest.importorskip("pandas", reason="lab/requirements.txt")
-    from lab import claims
+    from lab import claims, figures
 
     stored = claims.stored_claims(HERE / "results")
 
@@ -239,6 +247,17 @@ def test_other_numbers_in_the_text_are_those_of_the_stored_rows():
     times = main.eigenvalue[["fedavg", "feddyn"]].array / main.eigenvalue[two_bits].array
     assert "{:.0f} times as large (FedAvg), {:.0f} times".format(*times) in text
     assert "have {:.1f} and {:.1f} % (`untuned`)".format(*untuned.accuracy[two_bits]) in text
+    (table,) = claims.tables(*stored["learnt"]).values()
+    cosine = table[table.arm == "Dir 0.1, 2 bits, not learnt"].cos_synthetic.mean()
+    assert f"never learnt have {cosine:.2f} there" in text
+    ranks = []
+    for name, split, gain in (("whose", "FedDyn", "accuracy"), ("overfit", "Dir 0.1", "test_loss")):
+        claim, (table,) = stored[name][0], claims.tables(*stored[name]).values()
+        for measure in ("eigenvalue", "cos_used"):
+            found = figures.gains_against(claim, table, gain, measure)
+            ranks.append(figures.rank_correlation(found[(found.split == split) & ~found.far]))
+    said = "gain and eigenvalue is {:+.2f}, of gain and cosine {:+.2f}; on photographs"
+    assert said.format(*ranks[:2]) in text and "{:+.2f} and {:+.2f}".format(*ranks[2:]) in text
 
 
 UNTUNED = ("compress", "levels", "seed", "oracle_images")
