@@ -222,7 +222,7 @@ class Whose(Claim):
     refuted = "one of these differences of test accuracy has the other sign"
     columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "sam", "cos_used")
     columns += ("mb_up", "seconds")
-    panels = Untuned.panels
+    panels = ("accuracy", "eigenvalue", "cos_used")
     pictures = {"_against": figures.draw_against}
     repeats, first_seed, divisible, sizes = 5, 50, True, ("quick", "cpu")
     tuning_seeds = 3

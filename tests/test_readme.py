@@ -246,10 +246,13 @@ def test_other_numbers_in_the_text_are_those_of_the_stored_rows():
     two_bits, text = ["fedavg, 2 bits", "feddyn, 2 bits"], " ".join(README.split())
     times = main.eigenvalue[["fedavg", "feddyn"]].array / main.eigenvalue[two_bits].array
     assert "{:.0f} times as large (FedAvg), {:.0f} times".format(*times) in text
+    times = untuned.eigenvalue[["fedavg", "feddyn"]].array / untuned.eigenvalue[two_bits].array
+    assert "with lr 0.1, {:.0f} and {:.0f} times".format(*times) in text
     assert "have {:.1f} and {:.1f} % (`untuned`)".format(*untuned.accuracy[two_bits]) in text
     (table,) = claims.tables(*stored["learnt"]).values()
     cosine = table[table.arm == "Dir 0.1, 2 bits, not learnt"].cos_synthetic.mean()
-    assert f"never learnt have {cosine:.2f} there" in text
+    learnt = table[table.arm == "Dir 0.1, 2 bits, learnt"].cos_synthetic.mean()
+    assert f"never learnt have {cosine:.2f} there, learnt ones {learnt:.2f}." in text
     ranks = []
     for name, split, gain in (("whose", "FedDyn", "accuracy"), ("overfit", "Dir 0.1", "test_loss")):
         claim, (table,) = stored[name][0], claims.tables(*stored[name]).values()
