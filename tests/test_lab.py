@@ -664,7 +664,8 @@ STORED = claims.stored_claims(RESULTS)
 TABLES = {name: claims.tables(*pair) for name, pair in STORED.items()}
 PARTS = {name: part for name, (_, part) in STORED.items()}
 OLDER = {heading: name for name, (heading, _) in verdicts.MEASURES.items()}
-OLDER |= {"minus without compression, at equal loss": "excess", "own gradient": "cos_own"}
+OLDER |= {heading.removeprefix("cosine: "): name for heading, name in OLDER.items()}
+OLDER |= {"minus without compression, at equal loss": "excess"}
 
 
 @pytest.mark.parametrize("name", [name for name in STORED if "worlds" in PARTS[name]])
