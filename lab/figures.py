@@ -175,32 +175,35 @@ def gains(claim, table, name, measure):
     return pd.DataFrame(found, columns=["mean", "low", "high"])
 
 
-def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eigenvalue")):
-    """Gain over the baseline against another measure, a point an arm with its 95 % t-interval.
+AGAINST = {"cos_used": "cosine to the true gradient", "eigenvalue": "top eigenvalue"}
+
+
+def draw_against(path, claim, table, gain="accuracy"):
+    """Gain over the baseline against each of AGAINST: an arm is a point with its 95 % t-interval.
 
     A row for each split. A few arms that are much farther away would leave the others no room:
     they are named instead.
     """
-    points = {measure: gains_against(claim, table, gain, measure) for measure in against}
-    left_out = [f"{p.arm} ({p.mean:+.2f})" for p in points[against[-1]].itertuples() if p.far]
-    splits, words = list(dict.fromkeys(arm.split(", ")[0] for arm in table.arm)), []
+    found, words = gains_against(claim, table, gain), []
+    left_out = [f"{p.arm} ({p.mean:+.2f})" for p in found[found.far].itertuples()]
+    splits = found.split.unique()
     with plt.rc_context(STYLE | {"font.size": 10}):
         size = {"figsize": (12, 1 + 4.5 * len(splits)), "layout": "constrained"}
-        page, axes = plt.subplots(len(splits), len(against), squeeze=False, sharex="col", **size)
+        page, axes = plt.subplots(len(splits), len(AGAINST), squeeze=False, sharex="col", **size)
         for row, split, colour in zip(axes, splits, COLOURS[3:]):
-            for axis, (measure, found) in zip(row, points.items()):
-                mine = found[(found.split == split) & ~found.far]
-                for p in mine.itertuples():
-                    draw_gain(axis, p.x, (p.mean, p.low, p.high), colour)
-                    words.append((axis, p.x, p.mean, words_of(p.arm)))
-                axis.set_title(f"rank correlation {rank_correlation(mine):+.2f}")
+            near = found[(found.split == split) & ~found.far]
+            for axis, measure in zip(row, AGAINST):
+                for p in near[near[measure].notna()].itertuples():
+                    x = getattr(p, measure)
+                    draw_gain(axis, x, (p.mean, p.low, p.high), colour)
+                    words.append((axis, x, p.mean, words_of(p.arm)))
+                axis.set_title(f"rank correlation {rank_correlation(near, measure):+.2f}")
                 axis.axhline(0, color="black", lw=0.8)
             row[0].set_ylabel(f"{split}: {MEASURES[gain][0]},\nminus that without an ascent")
-        for axis, (measure, found) in zip(axes[-1], points.items()):
-            wide = measure != "cos_used" and found.x.max() > 20 * found.x.min()
-            axis.set_xscale("log" if wide else "linear")
-            cosine = measure == "cos_used"
-            axis.set_xlabel("cosine to the true gradient" if cosine else MEASURES[measure][0])
+        for axis, (measure, title) in zip(axes[-1], AGAINST.items()):
+            x = found[measure]
+            axis.set_xscale("log" if 0 < 20 * x.min() < x.max() else "linear")
+            axis.set_xlabel(title)
         page.supxlabel("out of the picture: " + ", ".join(left_out) if left_out else "", fontsize=9)
         page.draw_without_rendering()  # from now on every point has its place on the page
         write_beside(words)
@@ -208,23 +211,21 @@ def draw_against(path, claim, table, gain="accuracy", against=("cos_used", "eige
         plt.close(page)
 
 
-def gains_against(claim, table, gain, measure):
-    """Of every arm its split, its gain (mean, low, high), the mean x of a measure, if it is far.
-
-    Arms without that measure are left out.
-    """
+def gains_against(claim, table, gain):
+    """A line for each arm: its split, its gain (mean, low, high), the means of AGAINST, if far."""
     arms = list(dict.fromkeys(table.arm))
     found = pd.DataFrame([gain_of(claim, table, arm, gain) for arm in arms])
     found.columns = ["mean", "low", "high"]
     found["arm"], found["split"] = arms, [arm.split(", ")[0] for arm in arms]
-    found["x"] = [verdicts.values(table, Value(arm, measure)).mean() for arm in arms]
     found["far"] = found["mean"].abs() > too_far(found["mean"].abs())
-    return found[found.x.notna()]
+    for measure in AGAINST:
+        found[measure] = [verdicts.values(table, Value(arm, measure)).mean() for arm in arms]
+    return found
 
 
-def rank_correlation(points):
-    """Spearman's, of the means of gains_against."""
-    return points.x.corr(points["mean"], "spearman")
+def rank_correlation(found, measure):
+    """Spearman's, of gain and a measure, over the arms that have it."""
+    return found[measure].corr(found["mean"], "spearman")
 
 
 def write_beside(points):
