@@ -255,6 +255,8 @@ class Whose(Claim):
     changes = {
         "synthetic, not learnt": {"outer_steps": 1},
         "synthetic, anew every 20": {"resynthesize": 20},
+        "whole client": {"visit": "threads"},  # vmap refuses these two
+        "random": {"visit": "threads"},
     }
     rates = {"FedAvg": {"lr": 0.4}, "FedDyn": {}}
     grids = {

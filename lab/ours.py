@@ -225,9 +225,9 @@ class Overfit(Skew):
         "synthetic with rho 0.3 (FedSynSAM)": synthetic | {"rho": 0.3},
         "true with rho 0.3 (oracle)": true | {"rho": 0.3},
         "another batch with rho 0.3": directions["another batch"] | {"rho": 0.3},
-        "whole client": {"algo": "lab/directions.py:WholeClient"},
+        "whole client": {"algo": "lab/directions.py:WholeClient", "visit": "threads"},
         "another client": {"algo": "lab/directions.py:AnotherClient"},
-        "random": {"algo": "lab/directions.py:Random"},
+        "random": {"algo": "lab/directions.py:Random", "visit": "threads"},  # vmap refuses both
         "negative": {"algo": "lab/directions.py:Negative"},
         "synthetic, not learnt": synthetic | {"outer_steps": 1},
         "synthetic, 50 images": synthetic | {"ipc": 5, "outer_steps": 800, "warmup": 20},

@@ -860,7 +860,7 @@ def test_no_words_of_a_figure_cover_others():
 def test_no_claim_takes_settings_that_were_tuned_for_another(kind, tmp_path):
     claim = kind("cpu", tmp_path)
     for arm in claim.arms(""):
-        split, name = arm.split(", ")
+        split, name = arm.split(", ", 1)
         found = {"size": "cpu", "world": split, "method": name, "settings": {"lr": 0.7}}
         tune.enter(tmp_path / "tuned.json", found)
     (task,) = claim.tasks().values()
