@@ -128,6 +128,7 @@ def unseal(buffer):
 # ------------------------------------------------------------------------------- the compressors
 # Each is a frozen dataclass. encode(x, generator=None): x [d] -> buffer, uint8 [bytes].
 # decode(buffer, d) -> x_hat [d], or ValueError. `dtype` is the float type on the wire, no setting.
+# `unbiased` and `contractive`, both True if absent, decide whether error feedback is used.
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class RandK:
 
     def places(self, seed, d):
         """The places that a seed stands for -> int64 [k], the same on every device."""
-        generator = torch.Generator().manual_seed(seed & 2**62 - 1)
+        generator = torch.Generator().manual_seed(seed & 2**32 - 1)
         return torch.randperm(d, generator=generator)[: count(self.k, d)]
 
     def encode(self, x, generator=None):
@@ -306,6 +307,7 @@ class QSGD:
         else:
             scales = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         largest = min(torch.finfo(self.dtype).max, torch.finfo(rows.dtype).max)
+        # 0.99, so that level * (scale / s) does not overflow in `decode`
         return scales.clamp_max(0.99 * largest).to(self.dtype)
 
     def random_levels(self, rows, scales, generator):
@@ -363,9 +365,9 @@ def with_feedback(compressor, x, e, generator=None):
 
     x [d] is the update and already contains the learning rate; e [d] is the residual that this
     client kept, 0 at first -> (buffer, new e [d]). The sum of everything sent plus the current e is
-    the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk): with
-    omega > 1 the residual grows without bound. fl.Federation refuses a compressor whose attribute
-    `contractive` is False; one without it, such as QSGD, is the user's responsibility.
+    the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk). With others
+    e may grow without bound, as with scaled randk, so fl.Federation refuses a compressor whose
+    attribute `contractive` is False; one without it, such as QSGD, is the user's responsibility.
     Source: Karimireddy et al. 2019 (EF-SGD).
     """
     p = e + x

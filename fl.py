@@ -38,10 +38,10 @@ hooks changed, here in the order of a round:
              judged           the model that is evaluated, if it is not the global one
 
 Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `fed_back` (names
-of the vectors that error feedback is for), and `exchanges`: names of functions like `train`, each
-of which ends with an upload. After one before "train", a client has in `mine` what the server
-decoded of its own upload (declare it in `first_memory`), and in `received` the mean over the
-clients; `aggregate` gets the mean of "train" only. methods/alignment.py has an example.
+of the vectors that error feedback is for), and `exchanges`: names of what a client does in a round,
+in order; "train" is the last. Each ends with an upload. After an earlier one, `mine` holds what the
+server decoded of this client's upload (declare it in `first_memory`), and `received` the mean over
+the clients. `aggregate` gets the mean of "train" only. methods/alignment.py has an example.
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]
@@ -80,9 +80,9 @@ bit for bit, and with the defaults other steps.
 
 A task says what is learnt (vision/task.py for images; tests/toys.py has quadratics):
     w0, sizes                 first model [d]; number of images of each of the N clients
-    loss(w, batch)            mean loss over the rows of batch [B, 4] that are not -1, or 0 -> []
     plan(client, generator)   the batches of one round -> [K, B, 4]; a row is one image: its index,
-                              and how it is shifted and flipped
+                              and how it is shifted and flipped; or -1 four times: no image
+    loss(w, batch)            mean loss over the images of batch [B, 4], 0 if there are none -> []
     steps(client)             K
     apply(w, x)               class scores of images x
 and for some methods also image_shape, classes, shapes, weights, examples, everything, balanced.
@@ -158,11 +158,11 @@ class FedAvg:
         return {}
 
     def collect(self, decoded, lr_sum):
-        """What is averaged: the decoded upload of a client {name: [d]}, and what is made of it."""
+        """What is averaged: the decoded upload of a client {name: [d]}, and tensors made of it."""
         return decoded
 
     def aggregate(self, w, mean, lr_sum, share):
-        """The next global model [d], from w [d] and the mean of what was collected {name: [d]}.
+        """The next global model [d], from w [d] and the mean of what was collected {name: tensor}.
 
         lr_sum is the mean over the clients of the round, weighted as `mean` is. share is their
         share of all N clients, so share * mean is what this round adds to a mean over all clients.
@@ -246,7 +246,8 @@ class SCAFFOLD(FedAvg):
     Without clipping and weight decay, and with variate = 1, -update / lr_sum is the mean of the K
     directions g + c - c_i, so c_i' is the mean of the K gradients g. c is always the mean of the
     c_i of all N clients, weighted as `average` says.
-    Between 0 and 1, variate delays the correction: c - c_i grows until it is complete all the same.
+    With variate below 1, c - c_i grows until variate (c - c_i) is the full correction: later, not
+    smaller.
     Error feedback is for the update only. An error that compression makes in c_i is repaired in
     the next round, since the update then contains c - c_i.
     """
@@ -320,11 +321,7 @@ class FedLESAM(FedSAM):
 
 
 class Distilling(FedAvg, synth.Synthesis):
-    """FedAvg, but before round `warmup` the server learns synthetic data from w^0 ... w^warmup.
-
-    The server has no images. But its own models were trained on the images of all clients, and
-    synth.py finds a few images on which training takes the same path.
-    """
+    """FedAvg, but before round `warmup` the server learns synthetic data from w^0 ... w^warmup."""
 
     warmup: Annotated[int, "rounds before the synthesis", 1, None] = 10
     resynthesize: Annotated[int, "rounds between syntheses; 0: only one", 0, None] = 0
@@ -377,8 +374,8 @@ class FedSynSAM(Distilling, FedSAM):
         u = (1 - mix) g_i / ||g_i||  +  mix g_syn / ||g_syn||
 
     Two gradients a step; three if 0 < mix < 1. Until the synthesis it is FedAvg or FedSAM. Of the
-    paper only the abstract was at hand, which leaves the blend and the start open: both are this
-    project's choices.
+    paper only the abstract was at hand, which does not say how to blend, or what to do before the
+    synthesis: both are this project's choices.
     """
 
     mix: Annotated[float, "weight of the synthetic gradient in u", 0, 1] = 1.0
@@ -427,7 +424,8 @@ class Federation:
     ):
         self.method, self.task, self.compressor = method, method.task, compressor
         self.m, self.feedback = participation, self.feeds_back(error_feedback)
-        self.weights = [1] * len(self.task.sizes) if average == "uniform" else self.task.sizes
+        sizes = self.task.sizes
+        self.weights = {"uniform": [1] * len(sizes), "size": sizes}[average]
         self.w, self.t = self.task.w0.clone(), 0
         self.bytes_up, self.bytes_down = 0, 0
         self.memory = {}  # client -> {name: tensor}
@@ -482,7 +480,7 @@ class Federation:
         weight = sum(self.weights[i] for i in clients)
         mean = {}  # in float64, against rounding; the order is always that of `clients`
         for i, (buffers, mine) in zip(clients, self.visits(work, clients, received, lr)):
-            self.bytes_up += sum(len(buffer) for buffer in buffers.values())
+            self.bytes_up += sum(buffer.nbytes for buffer in buffers.values())
             decoded = {n: codec.decode(b, len(self.w)).to(self.w) for n, b in buffers.items()}
             lr_sum = lr * self.task.steps(i)
             self.memory[i] = self.after_upload(work, mine, decoded, lr_sum)
@@ -522,10 +520,7 @@ class Federation:
         return mine | {"residual of " + name: nothing for name in self.method.fed_back}
 
     def encode(self, work, i, sent, mine, received, batches):
-        """The vectors that client i sends {name: [d]} as bytes: ({name: bytes}, memory).
-
-        Error feedback adds what compression removed from a client's last message to its next one.
-        """
+        """The vectors that client i sends {name: [d]} as bytes: ({name: bytes}, memory)."""
         codec, buffers = self.method.codec(self.compressor, received, batches), {}
         purpose = "compressor" if work == "train" else work
         for j, (name, x) in enumerate(sent.items()):

@@ -3,7 +3,7 @@
     python run.py                                    FedSynSAM on the bundled images, 100 clients
     python run.py --algo fedavg fedsynsam --seeds 3  a comparison: mean and standard deviation
     python run.py --resume runs/NAME                 continue a run or a comparison
-    python run.py --quick                            the same job with a tenth of the rounds
+    python run.py --quick                            a small version: a tenth of the rounds
     python run.py --list                             all methods, compressors, networks and splits
     python run.py --algo fedprox --help              the settings of the parts of this run
 
@@ -20,7 +20,8 @@ class itself. Two methods are combined as scaffold+labelcal.
 The folder of a run holds config.json (settings, versions, hardware), log.jsonl (a line a round),
 checkpoint.pt, result.json, curve.png and synthetic.png. A run that was killed and resumed ends with
 the same numbers as one that was not. The accuracy of a run is the mean over its last evaluations,
-never that of its best round. Exit codes: 0 done, 1 a run failed, 2 wrong input, 130 interrupted.
+never that of its best round; "up" and "down" are bytes, of all clients since round 0. Exit codes:
+0 done, 1 a run failed, 2 wrong input, 130 interrupted.
 """
 
 import argparse
@@ -71,7 +72,7 @@ from plumbing.settings import (
     tenth,
     who_has,
 )
-from plumbing.terminal import card, complain, explained, listing, say, table
+from plumbing.terminal import card, complain, explained, listing, place_of, say, table
 from scale import faults, visits
 from scale.machine import MACHINE, device_of, visitor_of
 from vision import data, models, plots, split, task
@@ -129,7 +130,7 @@ def resolve(**given):
 
 
 def quick(settings, given=()):
-    """The same job with a tenth of the rounds, but for settings that were given."""
+    """A small version of the job, a tenth of the rounds, but for settings that were given."""
     return resolve(**settings | tenth(settings, given))
 
 
@@ -177,12 +178,13 @@ def experiment(folder=None, *, watch=None, **settings):
     read if it is finished. watch(federation) is called after every round.
     Raises ValueError for wrong input, FloatingPointError if numbers stop being finite.
     """
-    settings, folder = resolve(**settings), folder and Path(folder)
+    settings, folder = resolve(**settings), Path(folder) if folder else None
     federation, images = compose(settings)
     config = described(settings, images)
     sample = measured_images(images.train, settings["measure_images"])
     with workplace(folder) as place, explained(owners(settings), settings):
         agree(place / "config.json", config)
+        # other processes of a torchrun read the folder, too, but write elsewhere
         log, seconds = restore(folder or place, federation, config["hash"])
         write(place / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         began = time.perf_counter() - seconds
@@ -234,6 +236,9 @@ def measured_images(train, n):
     return train._replace(x=train.x[chosen], y=train.y[chosen])
 
 
+MEANS = ("_loss", "_acc")  # what is averaged over the last evaluations
+
+
 def result_of(config, federation, log, sample):
     """The dict of result.json, but for the seconds, of a run that has made all its rounds."""
     settings, d = config["settings"], len(federation.w)
@@ -245,7 +250,7 @@ def result_of(config, federation, log, sample):
         "seed": settings["seed"],
         "settings": config["hash"],
         "d": d,
-        **{key: statistics.fmean(row[key] for row in last) for key in last[0] if "_" in key},
+        **{k: statistics.fmean(row[k] for row in last) for k in last[0] if k.endswith(MEANS)},
         "averaged": [row["round"] for row in last],
         "eigenvalue": eigenvalue(federation, sample),
         "measured_on": len(sample.y),
@@ -292,22 +297,18 @@ def load(folder, **given):
 def runs_of(algos, seeds, given):
     """The runs of a command: {name: settings}. Each run gets those flags that it has a use for.
 
-    `--algo fedavg fedsam --rho 0.05` is fine, although FedAvg has no rho. What no run has is an
-    error.
+    `--algo fedavg fedsam --rho 0.05` is fine, although FedAvg has no rho.
     """
-    runs, used = {}, set()
+    runs = {}
     for algo in algos:
         known = {name for part in owners(given | {"algo": algo}) for name in settings_of(part)}
         mine = {name: value for name, value in given.items() if name in known}
-        used |= set(mine)
         first = mine.get("seed", Run.seed)
         for seed in range(first, first + seeds):
             label = f"{short(algo)}-s{seed}"
             if label in runs:
-                raise ValueError(f"two runs would be called {label}; give each method another name")
+                raise ValueError(f"two runs would be called {label}; each needs a name of its own")
             runs[label] = resolve(**mine | {"algo": algo, "seed": seed})
-    for name in set(given) - used:
-        raise ValueError(f"{name} is no setting of this run; {who_has(name, known)}")
     return runs
 
 
@@ -317,7 +318,8 @@ FAILURES = (FloatingPointError, ValueError, OSError, MemoryError, torch.OutOfMem
 def compare(folder, runs):
     """Make the runs {name: settings} in folders of their own, then table.md and curve.png.
 
-    A run that fails does not stop the others. Returns the exit code: 1 if one failed.
+    A run that fails does not stop the others, and leaves an older table as it was. Returns the exit
+    code: 1 if one failed.
     """
     results, logs, failed = [], {}, 0
     for name, settings in runs.items():
@@ -326,11 +328,12 @@ def compare(folder, runs):
             results.append(outcome.result)
             logs.setdefault(outcome.result["algo"], []).append(outcome.log)
         except FAILURES as error:
-            complain(f"{name}: {error}")
+            complain(f"{name}: {error}{place_of(error)}")
             failed = 1
     if results and first_rank():
-        plots.curve(folder / "curve.png", logs, folder.name)
-        write(folder / "table.md", table(results) + "\n")
+        if not failed or not (folder / "table.md").exists():
+            plots.curve(folder / "curve.png", logs, folder.name)
+            write(folder / "table.md", table(results) + "\n")
         say(f"{table(results)}\nfolder {folder}")
     return failed
 
@@ -347,7 +350,7 @@ def parser(given):
     p.add_argument("--out", type=Path, metavar="DIR", help="where folders are made (default runs)")
     p.add_argument("--resume", type=Path, metavar="DIR", help="continue this run or comparison")
     p.add_argument("--list", action="store_true", help="print all parts")
-    p.add_argument("--quick", action="store_true", help="the same job with a tenth of the rounds")
+    p.add_argument("--quick", action="store_true", help="a small version: a tenth of the rounds")
     done = {"algo"}
     for algo in given.get("algo", [Run.algo]):
         for part in owners(given | {"algo": algo}):
@@ -382,7 +385,8 @@ def job_of(given):
     if small:
         runs = {label: quick(settings, given) for label, settings in runs.items()}
     several = len(runs) > 1
-    compose(next(iter(runs.values())))  # so that wrong input is found before a folder is made
+    for settings in {own["algo"]: own for own in runs.values()}.values():
+        compose(settings)  # so that wrong input is found before a folder is made
     if first_rank():
         folder = new_folder(root, name, "comparison" if several else next(iter(runs)))
         if several:
@@ -398,6 +402,8 @@ def resumed(folder, algos, given):
         raise ValueError(f"--{name} is for new runs; those in {folder} continue as they were begun")
     if (folder / "comparison.json").exists():
         return folder, stored_runs(folder, algos, given), True
+    if len(algos) > 1:
+        raise ValueError(f"{folder} holds one run, of one method")
     given |= {"algo": algo for algo in algos}
     return folder, {folder.name: stored_settings(folder, **given)}, False
 
@@ -418,10 +424,10 @@ def main(argv=None):
         if first_rank():
             say(card(outcome.result, settings, folder))
         return 0
-    except (ValueError, IsADirectoryError) as error:
-        complain(error)
+    except (ValueError, IsADirectoryError) as error:  # a folder where a file belongs
+        complain(f"{error}{place_of(error)}")
         return 2
-    except FloatingPointError as error:  # it would happen again
+    except FloatingPointError as error:  # no hint to resume: it would happen again
         complain(error)
         return 1
     except (OSError, MemoryError, torch.OutOfMemoryError, visits.Lost) as error:

@@ -2,12 +2,12 @@
 
 A minimum is sharp if the loss F rises steeply around it. The Hessian H of F at w [d] measures that:
 its largest eigenvalue is the largest curvature of F along any direction. H has d^2 entries, too
-many to store, but a product H v costs only about two gradients (`hessian_vector`), and a few dozen
-products give the largest eigenvalue (`largest_eigenvalue`).
+many to store, but a product H v costs no more than a few gradients (`hessian_vector`), and a few
+dozen products give the largest eigenvalue (`largest_eigenvalue`).
 
 SAM looks for weights whose whole neighbourhood has a low loss:  min_w  max_{||e|| <= rho} F(w + e).
-A gradient u at w is the direction in which the loss rises fastest, so each step takes its gradient
-a little way along it:
+The loss rises fastest along its gradient u at w. So each step goes a little way along u, and takes
+its gradient there:
 
     e = rho u / ||u||             u [d]: the ascent direction            Foret et al. 2021, eq. (2)
     w <- w - lr grad F(w + e)                                            Foret et al. 2021, eq. (3)
@@ -42,7 +42,8 @@ def perturb(w, direction, rho):
     One l2 norm over all coordinates. (FedLESAM's released code divides by the sum of the layers'
     norms instead, which moves w by as little as rho / 8 in a resnet18.)
     """
-    return w + direction * (rho / direction.norm().clamp_min(TINY))
+    # 1 / norm first, so that a number rho and a tensor, which the server sent, give the same bits
+    return w + direction * (direction.norm().clamp_min(TINY).reciprocal() * rho)
 
 
 def blend(own, other, weight):
@@ -56,51 +57,20 @@ def blend(own, other, weight):
 # --------------------------------------------------------------------------- how sharp is a point
 
 
-def gradient_graph(loss, w):
-    """The gradient of loss(w) [d] with its graph, and the copy of w [d] that it depends on."""
-    w = w.detach().requires_grad_()
-    return torch.autograd.grad(loss(w), w, create_graph=True)[0], w
-
-
-def graph_times(graph, v):
-    """H v = grad <grad F, v>, from a `gradient_graph`, which can be used again.   v [d] -> [d]"""
-    gradient, w = graph
-    return torch.autograd.grad(gradient @ v, w, retain_graph=True)[0]
-
-
 def hessian_vector(loss, w, v):
-    """H v, where H is the Hessian of loss at w [d].   v [d] -> [d]"""
-    return graph_times(gradient_graph(loss, w), v)
+    """H v = grad <grad F, v>, where H is the Hessian of the loss F at w [d].   v [d] -> [d]"""
+    w = w.detach().requires_grad_()
+    (g,) = torch.autograd.grad(loss(w), w, create_graph=True)
+    return torch.autograd.grad(g @ v, w)[0]
 
 
-def hessian(losses, w, memory=2**30, each=map):
+def hessian(losses, w, each=map):
     """The Hessian of a sum of losses at w [d], as a function v [d] -> H v [d].
 
-    losses: functions of w, one for each chunk of images. The graph of a gradient does not depend on
-    v. It is kept for as many chunks as fit into `memory` bytes, which halves the time of a
-    product. each: `map`, or that of a thread pool.
+    losses: functions of w, one for each chunk of images; the graph of one chunk fits in memory
+    where that of all images might not. each: `map`, or that of a thread pool.
     """
-    keep = memory // graph_bytes(losses[0], w)
-    graphs = list(each(lambda loss: gradient_graph(loss, w), losses[:keep]))
-
-    def chunk_times(k, v):
-        return graph_times(graphs[k], v) if k < keep else hessian_vector(losses[k], w, v)
-
-    return lambda v: sum(each(lambda k: chunk_times(k, v), range(len(losses))))
-
-
-def graph_bytes(loss, w):
-    """How much memory a `gradient_graph` holds, at least 1."""
-    sizes = {}
-
-    def note(x):
-        storage = x.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return x.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        gradient_graph(loss, w)
-    return max(1, sum(sizes.values()))
+    return lambda v: sum(each(lambda loss: hessian_vector(loss, w, v), losses))
 
 
 def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):

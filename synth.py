@@ -9,7 +9,7 @@ D = (X, Y) on which plain gradient descent follows a piece of the trajectory:
     L = ||theta_M - target||^2 / ||theta_0 - target||^2                         (`matching_loss`)
 
 The target lies `window` rounds ahead, or is a mean of snapshots until then (`draw_segment`). Adam
-moves the images X [n, C, H, W], the label logits Y [n, classes] and the step size a along -grad L,
+lowers L by moving the images X [n, C, H, W], the label logits Y [n, classes] and the step size a,
 with gradients through all M inner steps (`synthesize`); the rate of the step size is so low that it
 hardly moves. L = 1 means that training on D comes no nearer to the target, L = 0 that it leads
 exactly there.
@@ -47,8 +47,7 @@ class Synthesis:
     """The settings of `synthesize`; a method has these settings if it inherits this class.
 
     The defaults are this project's choices, made on validation images, except rate_images, window
-    and average_targets, which are DynaFed's. Its scripts have warmup 24, ipc 15, outer_steps 3000,
-    inner_steps 20, rate_labels 0.01, syn_labels 0, and augment; see the header for the step size.
+    and average_targets, which are DynaFed's. The other settings of its scripts: lab/presets.py.
     """
 
     ipc: Annotated[int, "synthetic images per class", 1, 1000] = 2
@@ -82,8 +81,7 @@ def unroll(apply, w, batches, step):
 
     The result can be differentiated with respect to X, Y and the step size.
     """
-    if not w.requires_grad:
-        w = w.detach().requires_grad_()
+    w = w.detach().requires_grad_()
     for x, y in batches:
         (g,) = torch.autograd.grad(synthetic_loss(apply, w, x, y), w, create_graph=True)
         w = w - step * g
@@ -106,7 +104,7 @@ def draw_segment(trajectory, window, average, generator):
     if len(trajectory) <= window:
         raise ValueError(
             f"window = {window} needs a trajectory of at least {window + 1} models, and there are "
-            f"{len(trajectory)}; warmup must be at least window"
+            f"{len(trajectory)}"
         )
 
     def draw(low, high):
@@ -185,7 +183,8 @@ def learn(loss_of, guess, steps, rates):
 def finetune(apply, w, images, logits, epochs, lr, batch):
     """DynaFed's server: w [d] after some epochs of Adam on the synthetic data -> [d].
 
-    A new Adam in every round, as in the released code. That code also augments the images.
+    A new Adam in every round, as in the released code. That code also augments the images. A batch
+    smaller than n is always the same images, mostly of one class: `first_guess` sorts them.
     """
     w = w.clone().requires_grad_()
     adam = torch.optim.Adam([w], lr=lr)

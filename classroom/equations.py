@@ -52,9 +52,9 @@ EQUATIONS = [  # (chapter or chapter.function, LaTeX, a word about it)
         "Foret et al. 2021, equations (2) and (3); eta is lr",
     ),
     (
-        "sam.graph_times",
+        "sam.hessian_vector",
         r"H v = \nabla \langle \nabla F, v \rangle",
-        "a Hessian-vector product costs about two gradients",
+        "a Hessian-vector product costs no more than a few gradients",
     ),
     (
         "sam.largest_eigenvalue",

@@ -88,7 +88,7 @@ class RandK:
 
     def places(self, seed, d):
         """The places that a seed stands for -> int64 [k], the same on every device."""
-        generator = torch.Generator().manual_seed(seed & 2**62 - 1)
+        generator = torch.Generator().manual_seed(seed & 2**32 - 1)
         return torch.randperm(d, generator=generator)[: count(self.k, d)]
 
     def encode(self, x, generator=None):
@@ -189,9 +189,9 @@ def with_feedback(compressor, x, e, generator=None):
 
     x [d] is the update and already contains the learning rate; e [d] is the residual that this
     client kept, 0 at first -> (buffer, new e [d]). The sum of everything sent plus the current e is
-    the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk): with
-    omega > 1 the residual grows without bound. fl.Federation refuses a compressor whose attribute
-    `contractive` is False; one without it, such as QSGD, is the user's responsibility.
+    the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk). With others
+    e may grow without bound, as with scaled randk, so fl.Federation refuses a compressor whose
+    attribute `contractive` is False; one without it, such as QSGD, is the user's responsibility.
     Source: Karimireddy et al. 2019 (EF-SGD).
     """
     raise NotImplementedError
@@ -268,8 +268,8 @@ class FedSynSAM(Distilling, FedSAM):
         u = (1 - mix) g_i / ||g_i||  +  mix g_syn / ||g_syn||
 
     Two gradients a step; three if 0 < mix < 1. Until the synthesis it is FedAvg or FedSAM. Of the
-    paper only the abstract was at hand, which leaves the blend and the start open: both are this
-    project's choices.
+    paper only the abstract was at hand, which does not say how to blend, or what to do before the
+    synthesis: both are this project's choices.
     """
 
     mix: Annotated[float, "weight of the synthetic gradient in u", 0, 1] = 1.0

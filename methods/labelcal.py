@@ -34,9 +34,15 @@ class LabelCal(FedAvg):
     """FedAvg, but with a loss that does not lower the scores of classes which a batch lacks.
 
     One gradient a step; nothing more is sent or kept. Any method can be combined with it, as in
-    `--algo labelcal+fedsam`. The settings man and bf16, which change the usual loss, do not act.
+    `--algo labelcal+fedsam`, but not with MAN, which is a term of the usual loss (`--man`); bf16
+    does not act either.
     Source: Xiao, Zuo and Wang 2024, released code.
     """
+
+    def __init__(self, task, seed=0, **settings):
+        super().__init__(task, seed, **settings)
+        if getattr(task, "man", 0):
+            raise ValueError(f"man = {task.man} does not act on the loss of labelcal; leave it 0")
 
     def loss(self, w, batch):
         x, y, weight = self.task.examples(batch)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.settings import HERE, PLACES, changes_seconds, name_of, parts, short
+from plumbing.settings import HERE, PLACES, changes_seconds, closest, name_of, parts, short
 
 try:
     import fcntl
@@ -124,6 +124,8 @@ def agree(path, config):
     for name in ours | theirs:  # the settings first, the hash last
         if ours.get(name) != theirs.get(name):
             old, new = theirs.get(name), ours.get(name)
+            if name.endswith(".py"):
+                raise ValueError(f"{path} is of another run: {name} has changed since then")
             raise ValueError(f"{path} is of another run: {name} was {old!r}, and is {new!r} now")
 
 
@@ -267,27 +269,26 @@ def stored_settings(folder, **given):
     settings = read_json(Path(folder) / "config.json", sealed=True).get("settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder}/config.json has no settings")
-    return continued(folder, settings, given)
+    refuse_code(folder, [settings], given.values())
+    return continued(settings, given)
 
 
-def continued(folder, settings, given, algos=()):
-    """Settings from a folder, with those of the machine that are given; algos: words given, too."""
-    refuse_code(folder, settings, [*algos, *given.values()])
+def continued(settings, given):
+    """Settings from a folder, with those of the machine that are given."""
     for name, value in given.items():
         if not changes_seconds(name) and value != settings.get(name):
             raise ValueError(f"{name} = {settings.get(name)} comes from the folder, and stays")
     return settings | given
 
 
-def refuse_code(folder, settings, given):
-    """ValueError if settings from a folder name code that is not among the words given."""
+def refuse_code(folder, runs, given):
+    """ValueError if settings of runs in a folder name code that is not among the words given."""
     for kind in PLACES:
-        label = settings.get(kind)
-        words = str(label).split("+")
-        if any(":" in word or word.endswith(".py") for word in words) and label not in given:
-            raise ValueError(
-                f"{folder} uses {label}; to run this code, give {kind} = {label} again"
-            )
+        labels = dict.fromkeys(str(settings.get(kind)) for settings in runs)
+        own = [x for x in labels if ":" in x or x.endswith(".py") or ".py+" in x]
+        if set(own) - set(given):
+            own = " ".join(own)
+            raise ValueError(f"{folder} uses {own}; to run this code, give {kind} = {own} again")
 
 
 def stored_runs(folder, algos, given):
@@ -296,7 +297,11 @@ def stored_runs(folder, algos, given):
     for label, settings in runs.items():
         if not isinstance(settings, dict) or not is_plain(label):
             raise ValueError(f"{folder}/comparison.json: {label!r} is no run")
-        runs[label] = continued(folder, settings, given, algos)
+    refuse_code(folder, runs.values(), [*algos, *given.values()])
+    runs = {label: continued(settings, given) for label, settings in runs.items()}
+    known = {settings["algo"] for settings in runs.values()}
+    for algo in set(algos) - known:
+        raise ValueError(f"{folder} has no run of {algo}; {closest(algo, sorted(known))}")
     return runs
 
 

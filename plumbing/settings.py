@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -42,6 +43,8 @@ def settings_of(part):
     settings = {}
     for name, hint in hints.items():
         if get_origin(hint) is Annotated:
+            if name not in parameters and not hasattr(part, name):
+                raise ValueError(f"the setting {name} of {part.__name__} has no default")
             meaning, lowest, highest = (*hint.__metadata__, None, None)[:3]
             default = parameters[name].default if name in parameters else getattr(part, name)
             settings[name] = Setting(hint.__origin__, meaning, lowest, highest, default)
@@ -74,7 +77,7 @@ def changes_seconds(name):
 
 
 def tenth(settings, given=()):
-    """What is other in the same job with a tenth of the rounds: settings that were not given."""
+    """What is other in a small version of the job: settings that were not given."""
     least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
     least |= {"swa_start": 0}
     small = {"last": 1} | {
@@ -154,8 +157,10 @@ def find(kind, name):
     if kind == "algo" and "+" in name:
         return combined(name)
     path, colon, member = name.rpartition(":")
-    if colon or name.endswith(".py"):
-        return from_file(kind, Path(path or name), member)
+    if name.endswith(".py"):
+        raise ValueError(f"{name} is a file; say which {kind} in it, as in {name}:NAME")
+    if colon:
+        return from_file(kind, Path(path), member)
     known = parts(kind)
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; {closest(name, known)} (or FILE.py:NAME)")
@@ -175,7 +180,8 @@ def combined(name):
 def from_file(kind, path, member):
     """The part called `member` in a file of the reader's own."""
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"there is no file {path} of Python code")
+        meant = f"; did you mean {path}.py:{member}?" if Path(f"{path}.py").is_file() else ""
+        raise ValueError(f"there is no file {path} of Python code{meant}")
     label = "reader_" + path.stem  # a file called sam.py must not replace ours
     text, loaded = path.read_bytes(), sys.modules.get(label)
     if loaded is None or loaded.text != text:  # otherwise its classes must stay the same objects
@@ -195,8 +201,11 @@ def import_file(label, path):
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+        where = f" (line {lines[-1]})" if lines else ""  # a SyntaxError says it itself
         what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} does not import: {what} (python {path} shows where)") from error
+        raise ValueError(f"{path} does not import: {what}{where}") from error
     return module
 
 
@@ -209,7 +218,20 @@ def who_has(name, known):
                 having.append(f"{kind} {label}")
     if having:
         return f"it belongs to {', '.join(having)}"
-    return similar(name, sorted(filter(None, known))) or "run.py --help lists the settings"
+    known = [label.replace("_", "-") for label in known if label]
+    meant = [label for label in known if name in label.split("-")]
+    words = f" {name.replace('_', ' ')} "
+    meant += [label for label, meaning in meanings().items() if words in f" {meaning} "]
+    if meant:
+        return f"did you mean {' or '.join(meant[:3])}?"
+    return similar(name, sorted(known)) or "run.py --help lists the settings"
+
+
+def meanings():
+    """What the settings of all parts mean: {name: meaning}."""
+    every = [part for kind in PLACES for part in parts(kind).values()]
+    pairs = [item for part in every for item in settings_of(part).items()]
+    return {name.replace("_", "-"): setting.meaning for name, setting in pairs}
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ import os
 import statistics
 import sys
 import textwrap
+import traceback
 
 from plumbing.folder import first_rank
 from plumbing.settings import HERE, PLACES, changes_seconds, parts, settings_of
@@ -100,6 +101,15 @@ def complain(text):
     """One line for the user."""
     if first_rank():
         say("run.py: " + " ".join(str(text).split()), sys.stderr)
+
+
+def place_of(error):
+    """Where Python found an error, for a reader whose own code may be to blame; else nothing."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    own = any(name.startswith("reader_") for name in sys.modules)  # from_file of settings.py
+    if not own or frame.line.startswith("raise"):  # an error that we wrote says enough
+        return ""
+    return f" ({frame.filename}, line {frame.lineno}, in {frame.name})"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 It runs M on a tiny classifier whose clients have unequal numbers of images and steps, with short
 batches, m = 3 of N = 5 clients in a round and QSGD on the wire. Every failure says what to mend.
 
+    names                no hook is misspelt, and run.py sees every setting
     the rules            a client sees only what it received; nothing is changed in place; the names
                          in a client's memory are those of first_memory; the server keeps nothing
                          outside of self.state; "update" is the sum of the steps
@@ -21,11 +22,14 @@ through an object that the method made at the start (the oracle does, on purpose
 """
 
 import copy
+import difflib
 import functools
+import inspect
 import io
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, get_origin
 
 import torch
 
@@ -48,6 +52,7 @@ def check_method(M, off=None):
 
     off: settings with which M is one of its parents; if not given, the class attribute `off`.
     """
+    check_names(M)
     check_rules(M)
     check_threads(M)
     check_ranks(M)
@@ -55,6 +60,24 @@ def check_method(M, off=None):
     check_checkpoint(M)
     check_combinations(M)
     check_off(M, off or vars(M).get("off"))
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def check_names(M):
+    """A function whose name is nearly that of a hook is called by nobody."""
+    inherited = {name for parent in M.__mro__[1:] for name in vars(parent)}
+    for name in set(vars(M)) - inherited:
+        if inspect.isfunction(vars(M)[name]):
+            near = difflib.get_close_matches(name, inherited, 1, 0.85)
+            assert not near, f"{M.__name__}: {name} is no hook; did you mean {''.join(near)}?"
+    for name, hint in inspect.get_annotations(M).items():
+        if name in inherited:  # as server_lr in methods/adam.py, which is no setting any more
+            continue
+        ok = get_origin(hint) is Annotated and hasattr(M, name)
+        how = f'{name}: Annotated[type, "meaning", lowest, highest] = default'
+        assert ok, f"{M.__name__}: {name} is no setting; declare it as {how}"
 
 
 # ------------------------------------------------------------------------------------- a small run

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -579,7 +580,7 @@ def test_run_a_folder_is_continued_only_by_the_run_that_it_holds(tmp_path, run_t
         run.experiment(folder, **settings)
     copy.write_bytes(Path(run_images).read_bytes())
     mine.write_text(RUN_MINE.replace("(1 + self.strength)", "(2 + self.strength)"))
-    with pytest.raises(ValueError, match="of another run: .*mine.py was"):
+    with pytest.raises(ValueError, match="of another run: .*mine.py has changed"):
         run.experiment(folder, **settings)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json"):
@@ -664,6 +665,18 @@ def test_run_comparison_gives_each_run_its_flags_and_one_table(tmp_path, run_tin
     (folder / "fedsam-s1" / "result.json").unlink()
     again = run_main(capsys, "--resume", folder)
     assert again[0] == 0 and rows[0] in again[1]
+    code, _, err = run_main(capsys, "--resume", folder, "--algo", "fedavg", "fedprox")
+    assert code == 2 and "has no run of fedprox; known: fedavg, fedsam" in err
+    code, _, err = run_main(capsys, "--resume", folder / "fedavg-s0", "--algo", "fedsam", "fedavg")
+    assert code == 2 and "holds one run" in err
+
+
+def test_run_comparison_with_one_wrong_method_makes_no_folder(tmp_path, run_tiny, capsys):
+    tiny = run_tiny("dynafed", rounds=9, warmup=2, window=5)
+    del tiny["algo"]
+    words = [*run_words(tiny), "--algo", "fedavg", "dynafed", "--out", tmp_path]
+    code, _, err = run_main(capsys, *words)
+    assert code == 2 and "window = 5 is longer" in err and not list(tmp_path.iterdir())
 
 
 def test_run_table_has_means_and_standard_deviations():
@@ -680,11 +693,11 @@ def test_run_table_has_means_and_standard_deviations():
     assert table[3].startswith("| a | 50.00 | 1.000 |") and len(table) == 4
 
 
-def test_run_flags_that_no_run_has_are_refused():
+def test_run_flags_that_no_run_has_are_refused(capsys):
     runs = run.runs_of(["fedavg", "fedsam"], 1, {"rho": 0.3, "rounds": 20})
     assert runs["fedsam-s0"]["rho"] == 0.3 and "rho" not in runs["fedavg-s0"]
-    with pytest.raises(ValueError, match="rho is no setting of this run"):
-        run.runs_of(["fedavg", "scaffold"], 1, {"rho": 0.3})
+    code, _, err = run_main(capsys, "--algo", "fedavg", "scaffold", "--rho", 0.3)
+    assert code == 2 and "rho is no setting" in err
 
 
 def test_run_comparison_goes_on_after_a_run_that_fails(tmp_path, run_tiny, capsys):
@@ -693,6 +706,46 @@ def test_run_comparison_goes_on_after_a_run_that_fails(tmp_path, run_tiny, capsy
     words = [*run_words(tiny), "--algo", "fedsam", "fedavg", "--out", tmp_path]
     code, out, err = run_main(capsys, *words)
     assert code == 1 and "| fedavg |" in out and "fedsam-s0: round" in err
+
+
+OWN = """
+from typing import Annotated
+import fl
+
+class A(fl.FedAvg):
+    def upload(self, w, received, mine, lr_sum):
+        return super().upload(w, received, mine, lr_sum)
+
+class B(A):
+    pass
+
+class C(A):
+    beta: Annotated[float, "has no default", 0, 1]
+"""
+
+
+def test_run_what_is_finished_stays_when_a_file_of_ones_own_has_changed(tmp_path, run_tiny, capsys):
+    mine, folder = tmp_path / "mine.py", tmp_path / "table"
+    mine.write_text(OWN)
+    tiny = run_tiny(rounds=2)
+    del tiny["algo"]
+    algos = [f"{mine}:A", f"{mine}:B"]
+    words = [*run_words(tiny), "--algo", "fedavg", *algos, "--out", tmp_path, "--name", "table"]
+    assert run_main(capsys, *words)[0] == 0
+    table = (folder / "table.md").read_text()
+    (folder / "curve.png").write_text("the curve")
+    mine.write_text(OWN.replace("mine, lr_sum)\n\nclass B", "mine, lr_sum)[0]\n\nclass B"))
+    code, _, err = run_main(capsys, "--resume", folder)
+    assert code == 2 and f"give algo = {' '.join(algos)} again" in err
+    code, out, err = run_main(capsys, "--resume", folder, "--algo", *algos)
+    assert code == 1 and "mine.py has changed since then" in err and "| fedavg |" in out
+    assert (folder / "table.md").read_text() == table
+    assert (folder / "curve.png").read_text() == "the curve"
+    # and in a new run, where Python finds the mistake, not we
+    code, _, err = run_main(capsys, *run_words(tiny), "--algo", algos[0], "--out", tmp_path)
+    assert code == 2 and re.search(r"to unpack .*\(.*fl.py, line \d+, in visit\)", err)
+    code, _, err = run_main(capsys, *run_words(tiny), "--algo", f"{mine}:C", "--out", tmp_path)
+    assert code == 2 and err.endswith("the setting beta of C has no default\n")
 
 
 def test_run_divergence_is_code_1_and_keeps_the_log(tmp_path, run_tiny, capsys):
@@ -756,6 +809,12 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--lr x", "invalid float"),
         ("--average sizes", "did you mean size"),
         ("--rouns 3", "did you mean rounds"),
+        ("--radius 0.1", "did you mean rho"),
+        ("--epochs 3", "did you mean local-epochs or"),
+        ("--learning-rate 3", "did you mean lr"),
+        ("--algo fl.py", "which algo in it, as in fl.py:NAME"),
+        ("--algo run:Mine", "did you mean run.py:Mine"),
+        ("--algo labelcal --man 0.15", "does not act on the loss of labelcal"),
         ("--xyzzy 3", "run.py --help lists the settings"),
         ("--error-feedback", "needs a value: auto|on|off"),
         ("--prox 0.1", "algo fedprox"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
@@ -465,11 +466,27 @@ class NoLimit(FedSAM):
 
 
 class NoEffect(FedSAM):
-    factor: float = 0.5
+    factor: Annotated[float, "of rho", 0, 1] = 0.5
     off = {"factor": 1.0}
 
 
+class Misspelt(FedAvg):
+    def corect(self, g, w, received, mine):
+        return 2 * g
+
+
+class WithoutDefault(FedAvg):
+    beta: Annotated[float, "has no default", 0, 1]
+
+
+class WithoutMeaning(FedAvg):
+    beta: float = 0.5
+
+
 BROKEN = [
+    (Misspelt, "Misspelt: corect is no hook; did you mean correct?"),
+    (WithoutDefault, "WithoutDefault: beta is no setting"),
+    (WithoutMeaning, "WithoutMeaning: beta is no setting"),
     (Peeking, "a client reads self.state.*`broadcast`"),
     (Forgetful, "c is not the mean of the c_i"),
     (InPlace, "`remember` changes its arguments in place"),
@@ -497,7 +514,7 @@ def test_check_method_says_what_is_broken(M, message):
 
 
 class Weaker(FedSAM):
-    factor: float = 0.5
+    factor: Annotated[float, "of rho", 0, 1] = 0.5
     off = {"factor": 1.0}
 
     def correct(self, g, w, received, mine):
