@@ -6,6 +6,7 @@ off, both are the same. Then come the chapters, in the order in which they are r
 
     python -m pytest -q test_all.py                                all of this file
     python -m pytest -q test_all.py --method mine.py:MyMethod      the rules, for a method of yours
+    python -m pytest -q test_all.py --compressor mine.py:MyCodec   and for a compressor
 
 A theorem is tested by its definition: a limit, an identity, a closed form, or another computation
 that has nothing in common with ours. Numbers are float64 where nothing else is said.
@@ -44,6 +45,7 @@ from compress import (
 )
 from fl import SCAFFOLD, DynaFed, FedAvg, FedLESAM, FedSAM, FedSynSAM
 from tests import toys
+from tests.check_compressor import check_compressor
 from tests.check_method import check_method
 from vision import data, models, task
 
@@ -122,11 +124,15 @@ def test_fl_a_round_is_what_plain_pytorch_computes(M, setting, kept):
     assert torch.allclose(federation.w[place], new, rtol=1e-9, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------ all methods
+# --------------------------------------------------------------------- all methods and compressors
 
 
 def test_a_method_keeps_the_rules(method_class):
     check_method(method_class)
+
+
+def test_a_compressor_keeps_its_word(compressor_class):
+    check_compressor(compressor_class)
 
 
 FL_SMALL = dict(warmup=2, window=2, outer_steps=2, inner_steps=2, ipc=1, finetune_epochs=2)

@@ -14,6 +14,7 @@ from codes.dithering import Dithering
 from codes.elias import QSGD_Elias, Reader, decode_integers, encode_integers
 from codes.natural import Natural
 from compress import QSGD, Identity, RandK, Sign, TopK, pack, seal, to_bytes, with_feedback
+from tests.check_compressor import check_compressor
 
 f64 = torch.float64
 ALL = [
@@ -488,3 +489,91 @@ def test_the_table_of_the_readme_is_that_of_the_update():
     for name in ("natural", "sign", "topk --k 0.05", "qsgd --levels 1", "qsgd --levels 7"):
         found = tradeoff.measure(tradeoff.compressors(len(x))[name], x[None])
         assert found == pytest.approx([float(cell) for cell in told[name]], rel=1 / 8)
+
+
+# --------------------------------------------------------------- check_compressor, broken ones
+
+
+class Floats(Identity):
+    def encode(self, x, generator=None):
+        return x
+
+
+class Unsealed(Identity):
+    def encode(self, x, generator=None):
+        return to_bytes(x)
+
+    def decode(self, buffer, d):
+        if len(buffer) != 4 * d:
+            raise ValueError("too short")
+        return buffer.view(torch.float32)
+
+
+class InPlace(Identity):
+    def encode(self, x, generator=None):
+        return super().encode(x.mul_(0.5))
+
+
+class Hasty(QSGD):
+    def encode(self, x, generator=None):
+        return super().encode(x)
+
+
+class Remembering(Identity):
+    def encode(self, x, generator=None):
+        object.__setattr__(self, "x", x)
+        return super().encode(x)
+
+    def decode(self, buffer, d):
+        return self.x
+
+
+class RememberingOfAll(Identity):
+    def encode(self, x, generator=None):
+        type(self).x = x
+        return super().encode(x)
+
+    def decode(self, buffer, d):
+        return self.x
+
+
+class Halved(Identity):
+    def decode(self, buffer, d):
+        return 0.5 * super().decode(buffer, d)
+
+
+class Doubled(Halved):
+    unbiased = False
+
+    def decode(self, buffer, d):
+        return 5 * super().decode(buffer, d)
+
+
+class Shorter(Identity):
+    def decode(self, buffer, d):
+        return super().decode(buffer, d)[1:]
+
+
+class Lifted(Identity):
+    def decode(self, buffer, d):
+        return super().decode(buffer, d) + 1
+
+
+BROKEN = [
+    (Floats, "`encode` makes no uint8 tensor"),
+    (Unsealed, "a buffer with a bit of byte 0 flipped is read"),
+    (InPlace, "changes x in place"),
+    (Hasty, "two buffers differ; draw random numbers from `generator`"),
+    (Remembering, "`decode` needs what only `encode` knows"),
+    (RememberingOfAll, "`decode` needs more than the buffer"),
+    (Halved, "the mean of 400 x_hat is not x.*say `unbiased = False`"),
+    (Doubled, "is 2.25 .*say `contractive = False`"),
+    (Shorter, "no finite vector"),
+    (Lifted, "zeros do not arrive"),
+]
+
+
+@pytest.mark.parametrize("C, message", BROKEN, ids=[C.__name__ for C, _ in BROKEN])
+def test_check_compressor_says_what_is_broken(C, message):
+    with pytest.raises(AssertionError, match=f"(?s){message}"):
+        check_compressor(C)

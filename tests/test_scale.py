@@ -25,10 +25,10 @@ from methods.alignment import FedGA, GradAlign
 from methods.combinations import FedSMOO
 from methods.drift import FedDyn
 from methods.fedsynth import FedSynth
+from plumbing.settings import parts
 from scale import bench, gpu, growth, visits
 from synth import Synthetic
 from tests import check_method as check
-from tests import options
 from tests.toys import Linear, Quadratics, f64, normal
 
 ROOT = Path(__file__).parents[1]
@@ -245,7 +245,7 @@ def as_lists(x):
 
 def methods_for(P):
     """Three processes run every method, other numbers of processes only some."""
-    return options.every_method() if P == 3 else [FedLESAM, SCAFFOLD, FedSynSAM, GradAlign]
+    return list(parts("algo").values()) if P == 3 else [FedLESAM, SCAFFOLD, FedSynSAM, GradAlign]
 
 
 def write_digests(folder, rank, P):
@@ -322,7 +322,7 @@ def in_a_fresh_interpreter(folder, jobs):
 def test_one_two_and_three_processes_end_with_the_bits_of_the_plain_loop(tmp_path):
     jobs = [("write_digests", P) for P in (1, 2, 3)]
     problems = in_a_fresh_interpreter(tmp_path, jobs)
-    expected = {M.__name__: digest(M, Federation) for M in options.every_method()}
+    expected = {M.__name__: digest(M, Federation) for M in list(parts("algo").values())}
     for P in 1, 2, 3:
         for rank in range(P):
             path = tmp_path / f"{rank}of{P}.json"

@@ -1,0 +1,95 @@
+"""check_compressor(C): does a compressor, also one of your own, keep its word?
+
+    python -m pytest test_all.py --compressor mine.py:MyCompressor
+
+It checks what compress.py asks of every compressor, with the default settings:
+
+    bytes       `encode` makes a uint8 tensor [bytes], the same again from the same generator, and
+                leaves x as it was
+    decoding    `decode` needs nothing but the buffer and d, and gives a finite vector [d]
+    damage      a bit that is flipped, or a byte that is missing, is a ValueError (`seal`, `unseal`)
+    zeros       zeros arrive as zeros
+    unbiased    unless the class says `unbiased = False`, the mean of many x_hat is x. A biased
+                compressor that does not say so would get no error feedback
+    contractive a biased one that does not say `contractive = False` brings x_hat nearer to x than 0
+                is; otherwise error feedback piles up an error
+
+What it cannot see: whether the bytes are as few as the paper says.
+"""
+
+import torch
+
+TRIALS = 400
+
+
+def check_compressor(C):
+    """Raises AssertionError with a sentence that says what the class C does not keep."""
+    x = torch.randn(60, generator=seeded(0))
+    check_bytes(C, x)
+    check_damage(C, x)
+    check_error(C, x)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def check_bytes(C, x):
+    before, c = x.clone(), C()
+    buffer = c.encode(x, seeded(1))
+    ok = isinstance(buffer, torch.Tensor) and (buffer.dtype, buffer.dim()) == (torch.uint8, 1)
+    assert ok, f"{C.__name__}: `encode` makes no uint8 tensor [bytes]; compress.to_bytes makes one"
+    assert torch.equal(x, before), f"{C.__name__}: `encode` changes x in place"
+    again = torch.equal(c.encode(x, seeded(1)), buffer)
+    assert again, f"{C.__name__}: two buffers differ; draw random numbers from `generator` only"
+    try:
+        x_hat, zeros = C().decode(buffer, len(x)), through(C, 0 * x)
+    except AttributeError as error:
+        raise AssertionError(f"{C.__name__}: `decode` needs what only `encode` knows: {error}")
+    ok = x_hat.shape == x.shape and x_hat.isfinite().all()
+    assert ok, f"{C.__name__}: `decode` gives no finite vector [d]"
+    assert torch.equal(x_hat, c.decode(buffer, len(x))), (
+        f"{C.__name__}: `decode` needs more than the buffer and d; put it into the buffer"
+    )
+    assert not zeros.any(), f"{C.__name__}: zeros do not arrive as zeros"
+
+
+def through(C, x, seed=1):
+    """x [d] as it arrives."""
+    return C().decode(C().encode(x, seeded(seed)), len(x)).to(x.dtype)
+
+
+def check_damage(C, x):
+    buffer = C().encode(x, seeded(1))
+    for place in range(len(buffer)):
+        flipped = buffer.clone()
+        flipped[place] ^= 1 << place % 8
+        for bad, what in (
+            (flipped, f"bit of byte {place} flipped"),
+            (buffer[:place], "its end cut"),
+        ):
+            try:
+                C().decode(bad, len(x))
+            except ValueError:
+                continue
+            name = C.__name__
+            raise AssertionError(
+                f"{name}: a buffer with a {what} is read; use compress.seal, unseal"
+            )
+
+
+def check_error(C, x):
+    arrived = torch.stack([through(C, x, seed) for seed in range(TRIALS)]).double()
+    bias = (arrived.mean(0) - x).square().sum()
+    chance = arrived.var(0).sum() / TRIALS  # its mean, if x_hat is unbiased
+    if getattr(C(), "unbiased", True):
+        assert bias <= 3 * chance + 1e-12 * x.square().sum(), (
+            f"{C.__name__}: the mean of {TRIALS} x_hat is not x. If it is not meant to be, say "
+            "`unbiased = False`, and error feedback is on by itself"
+        )
+    elif getattr(C(), "contractive", True):
+        error = (arrived - x).square().sum(1).mean() / x.square().sum()
+        assert error < 1, (
+            f"{C.__name__}: ||x_hat - x||^2 is {error:.2f} ||x||^2, so error feedback does not "
+            "fit; say `contractive = False`"
+        )
