@@ -171,7 +171,7 @@ def numbers_of(cell, k):
     return numbers[k] if len(numbers) > 1 else numbers[0]
 
 
-SHARP = "1 bit, feedback, "
+SHARP, TWO_BITS = "1 bit, feedback, ", "one class, 2 bits, lr 0.4"
 PAIR = "fedsynsam - fedavg"
 POOLED = {  # claims with the same two arms, and what these are called there
     "lr 0.1": {"untuned": PAIR, "radius": PAIR, "remedy": f"{SHARP}fedsynsam - {SHARP}fedavg"},
@@ -188,7 +188,7 @@ DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("tuned", "fedsynsam - fedavg", "accuracy"),
     ("whose", "FedAvg, synthetic - FedAvg, synthetic, not learnt", "accuracy"),
     ("learnt", "one class, 1 bit, learnt - one class, 1 bit, not learnt", "cos_synthetic"),
-    ("learnt", "one class, 2 bits, learnt - one class, 2 bits, not learnt", "cos_synthetic"),
+    ("learnt", f"{TWO_BITS}, learnt - {TWO_BITS}, not learnt", "cos_synthetic"),
     ("default", "fedsynsam - fedsam", "accuracy"),
     ("default", "oracle - fedsynsam", "accuracy"),
     ("default", "fedsynsam-d - fedspeed", "accuracy"),
