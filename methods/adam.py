@@ -36,10 +36,11 @@ class FedAdam(FedAvg):
         return super().first_state() | {"m": zero, "v": zero}
 
     def aggregate(self, w, mean, lr_sum, share):
-        update = mean["update"]
+        w_next = super().aggregate(w, mean, lr_sum, share)
+        # the mean update, and what another parent adds to the step, such as FedDyn's h; else 0
+        update = mean["update"] + (w_next - (w + self.server_lr * mean["update"]))
         m = self.adam_b1 * self.state["m"] + (1 - self.adam_b1) * update
         v = self.adam_b2 * self.state["v"] + (1 - self.adam_b2) * update.square()
-        super().aggregate(w, mean, lr_sum, share)  # for the state of a second parent
         self.state = self.state | {"m": m, "v": v}
         return w + self.adam_lr * m / (v.sqrt() + self.adam_eps)
 
@@ -55,6 +56,7 @@ class FedAvg_Adam(FedAvg):
     Source: the released code of DynaFed, where every client keeps its own torch.optim.Adam.
     """
 
+    lr: float = 1.0  # no setting: local_adam_lr takes its place
     local_adam_lr: Annotated[float, "learning rate of the clients, instead of lr", 1e-12] = 1e-3
 
     def first_memory(self, received):
@@ -72,7 +74,7 @@ class FedAvg_Adam(FedAvg):
 
 
 def one_minus_power(b, k):
-    """1 - b^k of a tensor k. Written so, float32 would be wrong by 1e-5 for b = 0.999 and k = 1."""
+    """1 - b^k of a tensor k, which as 1 - b**k in float32 is wrong by 1e-5: b = 0.999, k = 1."""
     return -torch.expm1(k * math.log(b))
 
 

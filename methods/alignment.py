@@ -16,8 +16,8 @@ There are two ways to use it.
     GradAlign   w <- w - lr g_i(w + v_i)                  computed at w + v_i, step from w
     FedGA       y_0 = w + v_i,  y <- y - lr g_i(y)        start at w + v_i, K steps as FedAvg
 
-With y = w + v_i in the second line, it is the first: while v_i is held, both take the same path,
-v_i apart, for every K (only weight decay tells w and y apart). K = 1 is the paper's GradAlign;
+Put y = w + v_i into the second line: it is the first. While v_i is held, y stays v_i away from w,
+for every K (only weight decay tells w and y apart). K = 1 is the paper's GradAlign;
 holding v_i through more steps is this project's choice.
 
 SCAFFOLD adds the same difference with the same sign, lr (g_i - g), to every step. FedGA adds it

@@ -32,7 +32,7 @@ class FedProx(FedAvg):
     """
 
     prox: Annotated[float, "weight of the proximal term", 0, None] = 0.1
-    prox_clip: Annotated[bool, "clip the whole proximal term, or let prox w pass"] = True
+    prox_clip: Annotated[bool, "clip all of the proximal term, else all but prox w"] = True
 
     def correct(self, g, w, received, mine):
         away = w - received["w"] if self.prox_clip else -received["w"]

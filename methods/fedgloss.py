@@ -21,8 +21,8 @@ from methods.drift import FedDyn
 class FedGloSS(FedDyn):
     """FedDyn, but the clients receive the perturbed model w^t - rho p / ||p||.
 
-    One gradient a step. In round 0, e = 0. If p were the server's last step, h included, it would
-    be FedLESAM_D at full participation. `--algo fedsam+fedgloss` makes an ascent step at the
+    One gradient a step. In round 0, e = 0. With p = the server's last step, h included, and full
+    participation, it would be FedLESAM_D. `--algo fedsam+fedgloss` makes an ascent step at the
     clients too (two gradients a step), with the same rho; the paper has a second one.
 
     The released code divides the round's contribution to h by the number of its clients once more.

@@ -6,15 +6,15 @@ The server trains on them, and what comes of it is the update:
     x_hat = theta_M - w^t
 
 M batches X_j [n, C, H, W] of images, their label logits Y_j [n, classes] and the step size a are
-learnt by S steps of Adam, with gradients through all M steps (synth.py). Made small is either of
+learnt by S steps of Adam, with gradients through all M steps (synth.py). Adam minimises one of
 
     "data"      F_i(theta_M) on the client's real batches; the client makes no local steps
     "update"    ||theta_M - w_K||^2 / ||w_K - w^t||^2, after K local steps
 
-A message has a size that does not depend on d, so `compress` is not used. Nothing keeps the learnt
-images from looking like the client's own. A message is not worse than none: if w^t itself does
-better, a = 0 is sent; "data" asks this on one batch only. So ||x_hat - x|| <= ||x|| with "update",
-and error feedback may be used.
+A message has a size that does not depend on d. It takes the place of `compress`, which only decides
+here whether `error_feedback = auto` means on. Nothing keeps the learnt images from looking like the
+client's own. If w^t itself does better ("data": on one batch), a = 0 is sent, so no message is
+worse than none. So ||x_hat - x|| <= ||x|| with "update", and error feedback may be used.
 
 Sources: "data", Hu et al. 2022 (FedSynth, arXiv 2204.01273), of which the abstract was at hand.
 "update", Goetz and Tewari 2020. Start, image formats and the last rule are this project's choices.
@@ -139,7 +139,7 @@ class AsData:
         X = X + (as_sent - X).detach()
         end = synth.unroll(self.task.apply, self.w, zip(X, Y), a)
         if self.settings.fs_objective == "data":
-            return self.task.loss(end, self.batches[s % len(self.batches)])
+            return self.settings.loss(end, self.batches[s % len(self.batches)])
         return synth.matching_loss(end, self.w, self.w + x)
 
     def pack(self, synthetic):

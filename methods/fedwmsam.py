@@ -66,7 +66,8 @@ class FedWMSAM(FedSAM, FedCM, SCAFFOLD):
     def upload(self, w, received, mine, lr_sum):
         sent, mine = super().upload(w, received, mine, lr_sum)
         c_i = mine["c_i"] - received["c"]  # `remember` adds the rest, made of the decoded update
-        return {"update": sent["update"]}, mine | {"c_i": c_i, "b": 0 * mine["b"]}
+        sent = {name: x for name, x in sent.items() if name != "c_i_change"}
+        return sent, mine | {"c_i": c_i, "b": 0 * mine["b"]}
 
     def remember(self, mine, decoded, lr_sum):
         rest = {"c_i_change": -decoded["update"] / lr_sum}

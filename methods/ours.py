@@ -23,8 +23,10 @@ class FedSynSAM_Debiased(FedSynSAM):
     """FedSynSAM, but u keeps the batch's own part of the gradient, as FedSAM's does.
 
     Three gradients a step. The mean is over the steps of this round, the present one included, so
-    u = g_syn in the first step. `mix` has no effect: g_syn is added as it is.
+    u = g_syn in the first step.
     """
+
+    mix: float = 1.0  # no setting: g_syn is added as it is
 
     def first_memory(self, received):
         w = received["w"]

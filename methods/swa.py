@@ -26,16 +26,20 @@ class SWA(FedAvg):
     swa_start: Annotated[int, "rounds whose models are not in the mean", 0, None] = 40
 
     def first_state(self):
-        nothing = {"rounds": 0, "mean_w": torch.zeros_like(self.task.w0)}
+        nothing = {"rounds": -1, "mean_w": torch.zeros_like(self.task.w0)}
         return super().first_state() | nothing
 
-    def aggregate(self, w, mean, lr_sum, share):
-        w, mean_w = super().aggregate(w, mean, lr_sum, share), self.state["mean_w"]
-        rounds = self.state["rounds"] + 1
-        if rounds > self.swa_start:
-            mean_w = mean_w + (w - mean_w) / (rounds - self.swa_start)
-        self.state = self.state | {"rounds": rounds, "mean_w": mean_w}
-        return w
+    def prepare(self, t, w):
+        """Here w is what all parents have made of the global model, whatever their order."""
+        news = super().prepare(t, w)
+        self.state = self.state | {"rounds": t, "mean_w": self.mean_with(t, w)}
+        return news
+
+    def mean_with(self, t, w):
+        """The mean of w^{s+1} ... w^t, where w = w^t [d] -> [d]; before that, as it was."""
+        n, mean_w = t - self.swa_start, self.state["mean_w"]
+        return mean_w + (w - mean_w) / n if n > 0 else mean_w
 
     def judged(self, w):
-        return self.state["mean_w"] if self.state["rounds"] > self.swa_start else super().judged(w)
+        t = self.state["rounds"] + 1
+        return self.mean_with(t, w) if t > self.swa_start else super().judged(w)

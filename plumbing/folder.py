@@ -5,7 +5,7 @@
     log.jsonl         a line a round, for the reader; a resumed run writes it anew
     result.json       the result, once the run is finished
 
-Every file is written in one piece and carries a checksum. A folder is data and never code.
+All but log.jsonl are written in one piece and carry a checksum. A folder is data and never code.
 """
 
 import contextlib
@@ -88,7 +88,10 @@ def label_of(kind, part):
     """How a part is written down: by its name, or as FILE.py:NAME."""
     if isinstance(part, str) or part in parts(kind).values():
         return part if isinstance(part, str) else name_of(part)
-    return f"{inspect.getsourcefile(part)}:{part.__name__}"
+    try:
+        return f"{inspect.getsourcefile(part)}:{part.__name__}"
+    except (OSError, TypeError):  # from a notebook or an interpreter
+        return f"{part.__module__}:{part.__name__}"
 
 
 def digest_of(images):
@@ -252,7 +255,7 @@ def images_fit(task, X, Y):
 
 
 def alike(x, like):
-    """Have two things the same names, shapes and types? Nothing may have become anything."""
+    """Have two things the same names, shapes and types? What was None may be anything."""
     if isinstance(like, dict):
         return x.keys() == like.keys() and all(alike(x[name], like[name]) for name in like)
     if isinstance(like, torch.Tensor):
@@ -276,8 +279,10 @@ def stored_settings(folder, **given):
 def continued(settings, given):
     """Settings from a folder, with those of the machine that are given."""
     for name, value in given.items():
-        if not changes_seconds(name) and value != settings.get(name):
-            raise ValueError(f"{name} = {settings.get(name)} comes from the folder, and stays")
+        if not changes_seconds(name) and name not in settings:
+            raise ValueError(f"{name} is no setting of the run in the folder")
+        if not changes_seconds(name) and value != settings[name]:
+            raise ValueError(f"{name} = {settings[name]} comes from the folder, and stays")
     return settings | given
 
 

@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
+import torch
+
 import fl
 from scale.machine import MACHINE
 
@@ -43,10 +45,13 @@ def settings_of(part):
     settings = {}
     for name, hint in hints.items():
         if get_origin(hint) is Annotated:
-            if name not in parameters and not hasattr(part, name):
-                raise ValueError(f"the setting {name} of {part.__name__} has no default")
             meaning, lowest, highest = (*hint.__metadata__, None, None)[:3]
-            default = parameters[name].default if name in parameters else getattr(part, name)
+            nothing = inspect.Parameter.empty
+            default = (
+                parameters[name].default if name in parameters else getattr(part, name, nothing)
+            )
+            if default is nothing:
+                raise ValueError(f"the setting {name} of {part.__name__} has no default")
             settings[name] = Setting(hint.__origin__, meaning, lowest, highest, default)
     return settings
 
@@ -77,7 +82,7 @@ def changes_seconds(name):
 
 
 def tenth(settings, given=()):
-    """What is other in a small version of the job: settings that were not given."""
+    """What a small version of the job changes; settings that were given stay."""
     least = {"rounds": 3, "warmup": 2, "outer_steps": 5, "fs_steps": 5, "measure_images": 100}
     least |= {"swa_start": 0}
     small = {"last": 1} | {
@@ -123,7 +128,8 @@ def is_part(kind, thing):
     if not inspect.isclass(thing):
         return False
     if kind == "model":
-        return "image_shape" in inspect.signature(thing).parameters
+        network = issubclass(thing, torch.nn.Module)
+        return network and "image_shape" in inspect.signature(thing).parameters
     return issubclass(thing, fl.FedAvg) if kind == "algo" else hasattr(thing, "encode")
 
 

@@ -106,10 +106,13 @@ def complain(text):
 def place_of(error):
     """Where Python found an error, for a reader whose own code may be to blame; else nothing."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
     own = any(name.startswith("reader_") for name in sys.modules)  # from_file of settings.py
-    if not own or frame.line.startswith("raise"):  # an error that we wrote says enough
+    if not own or frame.line.startswith("raise "):  # an error that we wrote says enough
         return ""
-    return f" ({frame.filename}, line {frame.lineno}, in {frame.name})"
+    notes = "\n".join(getattr(error, "__notes__", ()))  # by another process: scale/visits.py
+    there = [line.strip() for line in notes.splitlines() if line.lstrip().startswith("File ")]
+    return f" ({there[-1] if there else place})"
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ noise, which takes the same time as photographs and needs no download.
 The floor is a bare loop of nn.Module, cross_entropy and torch.optim.SGD over the same clients and
 batches. All competitors are in one process and take turns, one round each, so that what else the
 machine does hits all of them alike. A ratio is ours / bare of the same turn; below 1 we are faster.
-`apart` is the distance of the models at the end, relative to how far they moved: it shows that both
-did the same work.
+`apart` is the distance of the models at the end, relative to how far they moved. It shows that both
+did the same work, and no more: on noise, rounding grows with every step.
 
 Run it on a machine that does nothing else, and read the median.
 """
@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,7 +217,8 @@ def main(argv=None):
     p.add_argument("--small", action="store_true", help="a small network, two rounds")
     p.add_argument("--out", type=Path, help="(default results/bench.json)")
     args = p.parse_args(argv)
-    found = {"command": "python -m scale.bench", "rounds": 2 if args.small else args.rounds}
+    command = " ".join(["python -m scale.bench", *(sys.argv[1:] if argv is None else argv)])
+    found = {"command": command, "rounds": 2 if args.small else args.rounds}
     for name, (M, settings) in WORKLOADS.items():
         found[name] = measured(M, settings, args.small, found["rounds"], args.threads)
         report(name, found[name])

@@ -5,8 +5,8 @@ missing. Such a client is left out, as if it had not been chosen:
 
     w^{t+1} = w^t + server_lr * (mean of the decoded updates of the others, by their weights)
 
-and its memory stays what it was before it worked. So what the server and the clients both sum up
-(SCAFFOLD's c and c_i) still agrees. If nobody is left, the model stays.
+and its memory stays what it was before the exchange that failed. So what the server and the clients
+both sum up (SCAFFOLD's c and c_i) still agrees. If nobody is left, the model stays.
 
 A message that is well formed, finite and false is not seen here; that takes a robust mean.
 """
@@ -82,7 +82,9 @@ class Tolerant(Federation):
         return set(sent)
 
     def fault(self, buffers, expected, received):
-        """Why a message {name: buffer} cannot be used; "" if it can."""
+        """Why a message {name: buffer}, or None, cannot be used; "" if it can."""
+        if buffers is None:
+            return "a number of its own is not finite"
         if not isinstance(buffers, dict) or buffers.keys() != expected:
             return f"it does not send {' and '.join(sorted(expected))}"
         codec = self.method.codec(self.compressor, received)
@@ -101,4 +103,4 @@ class Tolerant(Federation):
         except FloatingPointError:
             if not self.drop:
                 raise
-            return {}, mine
+            return None, mine

@@ -12,7 +12,7 @@ It prints a row for each workload and each way to visit the clients:
     clients at once    1: one client after the other (fl.Federation); else scale/visits.Vmap
     gain               seconds of the first row of the workload, divided by those of this row
     apart              after one round with one local step: the distance of the model from that of
-                       the first row, relative to how far it moved. 1e-4 or less is rounding. After
+                       the first row, relative to how far it moved. 2e-4 or less is rounding. After
                        many steps it would say nothing: on noise, rounding grows a thousandfold
 
 vmap runs the convolutions of several clients as one grouped convolution. Whether that gains
@@ -25,6 +25,7 @@ For several GPUs: `torchrun --nproc-per-node GPUS run.py ...`; compare the secon
 import argparse
 import copy
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def main(argv=None):
     chunks, n = ([1, 2], 1) if args.small else ([1, 2, 5, 10], args.rounds)
     print("| workload | clients at once | seconds a round | gain | memory | apart |")
     print("| --- | --- | --- | --- | --- | --- |")
-    found = {"command": "python -m scale.gpu"}
+    command = " ".join(["python -m scale.gpu", *(sys.argv[1:] if argv is None else argv)])
+    found = {"command": command}
     for name, (M, learnt) in workloads(args.small, args.device).items():
         found[name] = measured(name, M, learnt, chunks, n)
         write(place(args, "gpu.json"), found)  # now: the next one may not fit, or take too long

@@ -40,7 +40,8 @@ from methods.oracle import Oracle
 from methods.ours import FedSynSAM_Debiased, FedSynSAM_Descent
 from methods.sam_variants import GCSAM, FedASAM, FedLESAM_Server, centralise
 from methods.swa import SWA
-from plumbing.settings import settings_of
+from plumbing.settings import find, settings_of
+from scale import faults
 from tests.toys import Linear, Quadratics, f64, in_batches, normal
 
 torch.set_num_threads(1)  # tiny tensors; pytest runs a worker on every core
@@ -323,6 +324,9 @@ def test_methods_equal_slow_loops(M, variant):
         f.round()
         slow.round(t)
     assert near(f.w, slow.w) and (f.w - f.task.w0).norm() > 0.01
+    if M is SWA:
+        assert near(f.judged(), slow.mean_w)
+        f.method.prepare(5, f.w)  # where it reads w^5
     assert len(f.memory) > 3  # clients came and went
     for i, mine in f.memory.items():
         for name in {"c_i", "h_i", "mu_i", "w_old"} & set(mine):
@@ -460,6 +464,44 @@ def test_swa_trains_as_its_parent_and_judges_the_mean_of_the_last_models(start, 
         assert torch.equal(f.w, plain.w)
     expected = torch.stack(models[-judged:]).mean(0) if judged else plain.w
     assert near(f.judged(), expected) and plain.judged() is plain.w
+
+
+@pytest.mark.parametrize("order", ["swa+feddyn", "feddyn+swa", "fedadam+swa", "dynafed+swa"])
+def test_swa_judges_the_mean_of_the_global_models_on_either_side(order):
+    f, models = started(find("algo", order), swa_start=1), []
+    for _ in range(4):
+        f.round()
+        models.append(f.w)
+    assert near(f.judged(), torch.stack(models[1:]).mean(0))
+
+
+def test_swa_counts_rounds_without_clients():
+    class Sparse(faults.Tolerant):
+        def absent(self, i):
+            return self.t in (0, 2, 4)
+
+    method = SWA(Linear(), swa_start=2)
+    f, models = Sparse(method, Identity(f64), participation=3), []
+    for _ in range(5):
+        f.round()
+        models.append(f.w)
+    assert near(f.judged(), torch.stack(models[2:]).mean(0))
+
+
+def test_fedadam_steps_along_what_the_other_parent_made_of_the_update():
+    f = started(find("algo", "fedadam+feddyn"), adam_b1=0.0, adam_b2=0.0, adam_lr=1.0, adam_eps=1e9)
+    plain = started(FedDyn)
+    f.round(), plain.round()  # m / (sqrt(v) + eps) = x / 1e9: the direction of FedDyn
+    assert near(1e9 * (f.w - f.task.w0), plain.w - f.task.w0, 1e-4)
+
+
+def test_combinations_keep_what_the_other_parent_sends_and_minimises():
+    f = run(find("algo", "fedwmsam+fedsmoo"), Linear(), 3)
+    assert f.method.state["s"].any() and f.method.state["c"].any()
+    data = {"fs_objective": "data", "fs_steps": 3, "fs_batches": 1, "fs_images": 2}
+    one = run(find("algo", "fedsynth"), Linear(), 2, **data)
+    other = run(find("algo", "labelcal+fedsynth"), Linear(), 2, **data)
+    assert not torch.equal(one.w, other.w)
 
 
 def test_swa_is_nearer_to_the_minimum_about_which_the_global_model_swings():

@@ -621,9 +621,26 @@ def test_run_resume_changes_the_machine_and_nothing_else(tmp_path, run_tiny, cap
     folder, runs, several = run.job_of({"resume": tmp_path, "threads": 1})
     assert several and folder == tmp_path and [s["seed"] for s in runs.values()] == [0, 1]
     assert all(s == settings | {"threads": 1, "seed": s["seed"]} for s in runs.values())
-    for words in ("--rounds 200", "--rho 0.2", "--seeds 5", "--quick", "--name x", "--out y"):
+    refused = {"--rounds 200": "stays", "--rho 0.2": "rho is no setting", "--seeds 5": "continue"}
+    refused |= dict.fromkeys(("--quick", "--name x", "--out y"), "continue")
+    for words, why in refused.items():
         code, _, err = run_main(capsys, "--resume", tmp_path, *words.split())
-        assert code == 2 and words.split()[0][2:] in err and "continue" in err or "stays" in err
+        assert code == 2 and words.split()[0][2:] in err and why in err
+
+
+def test_run_resume_says_what_is_no_setting_of_the_run(tmp_path, run_tiny):
+    run.experiment(tmp_path / "a", **run_tiny("fedavg", rounds=1))
+    with pytest.raises(ValueError, match="rho is no setting of the run in the folder"):
+        run.load(tmp_path / "a", rho=0.1)
+
+
+def test_run_takes_a_class_without_a_file_and_a_file_with_other_classes(tmp_path, run_tiny):
+    M = type("M", (fl.FedAvg,), {"__module__": "a_notebook"})
+    outcome = run.experiment(tmp_path / "a", **run_tiny(M, rounds=1))
+    assert outcome.result["algo"] == "a_notebook:M"
+    mine = tmp_path / "mine.py"
+    mine.write_text("from torch import Tensor, device\nfrom collections import deque\n" + RUN_MINE)
+    assert run.find("model", f"{mine}:Net").__name__ == "Net"
 
 
 def test_run_a_folder_belongs_to_one_process(tmp_path, run_tiny):
@@ -743,7 +760,7 @@ def test_run_what_is_finished_stays_when_a_file_of_ones_own_has_changed(tmp_path
     assert (folder / "curve.png").read_text() == "the curve"
     # and in a new run, where Python finds the mistake, not we
     code, _, err = run_main(capsys, *run_words(tiny), "--algo", algos[0], "--out", tmp_path)
-    assert code == 2 and re.search(r"to unpack .*\(.*fl.py, line \d+, in visit\)", err)
+    assert code == 2 and re.search(r"to unpack .*\(File .*fl.py\", line \d+, in visit\)", err)
     code, _, err = run_main(capsys, *run_words(tiny), "--algo", f"{mine}:C", "--out", tmp_path)
     assert code == 2 and err.endswith("the setting beta of C has no default\n")
 

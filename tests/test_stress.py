@@ -379,6 +379,7 @@ def test_stress_numbers_that_are_not_finite_are_left_out_or_stop():
 
     federation = rounds_of(faults.Tolerant, Diverges)
     assert torch.equal(federation.w, federation.task.w0) and federation.t == 6
+    assert set(federation.left_out.values()) == {"a number of its own is not finite"}
     assert len(federation.left_out) == 3 and federation.memory == {}
     with pytest.raises(FloatingPointError, match="client"):
         rounds_of(faults.Tolerant, Diverges, on_bad_client="stop")

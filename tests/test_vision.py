@@ -77,6 +77,10 @@ def test_a_subset_of_more_images_than_there_are_is_refused(tmp_path, capsys):
     assert "class 0 has 10 images, fewer than 11" in capsys.readouterr().err
     assert make_subset.main([*words, "--train", "0"]) == 2
     assert make_subset.main([words[0], str(tmp_path / "some.txt"), "--train", "3"]) == 2
+    pack(tmp_path / "whose.npz", client_train=np.arange(40) // 10)
+    capsys.readouterr()
+    assert make_subset.main([str(tmp_path / "whose.npz"), words[1], "--train", "3"]) == 2
+    assert "a subset would lose it" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not data.DEBIAN_FASHION.exists(), reason="needs dataset-fashion-mnist")

@@ -3,9 +3,9 @@
     python -m vision.make_subset fashionmnist fashion_10k.npz
     python -m vision.make_subset cifar10 data/downloads/cifar10_11k.npz --train 1100
 
-The first one gives the bundled file again. NAME is all that `run.py --dataset` knows; --train and
---test say how many images of every class are drawn (1000 and 200). They are shuffled and written in
-the layout of keras.datasets. The same data give the same content on every machine.
+The first one gives the images of the bundled file again. NAME is all that `run.py --dataset` knows;
+--train and --test say how many images of every class are drawn (1000 and 200). They are shuffled
+and written in the layout of keras.datasets. The same data give the same content on every machine.
 """
 
 import argparse
@@ -38,6 +38,8 @@ def subset(x, y, per_class, rng):
 def make(name, out, train, test):
     """Write the subset -> its arrays."""
     raw, rng = data.read(name), np.random.default_rng(SEED)
+    if raw.client_train is not None:
+        raise ValueError(f"{name} says whose image is whose (client_train); a subset would lose it")
     arrays = {}
     arrays["x_train"], arrays["y_train"] = subset(raw.x_train, raw.y_train, train, rng)
     arrays["x_test"], arrays["y_test"] = subset(raw.x_test, raw.y_test, test, rng)

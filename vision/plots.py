@@ -144,7 +144,7 @@ def learnt_label(shares, column, names):
 
 def write(axis, column, y, text, inch, **style):
     """Write centred in a column of `inch` inches, small enough to fit into it."""
-    size = min(8, 115 * inch / len(text))
+    size = min(8, 115 * inch / max(1, len(text)))
     axis.text(column + 0.5, y, text, ha="center", fontsize=size, **style)
 
 

@@ -6,14 +6,14 @@ directions. n images, N clients:
     iid                  every client is a small copy of the whole
     dirichlet            client i draws its class prior p_i ~ Dir(alpha); all have the same size
     dirichlet-recycled   the same, but a class that runs out is filled up again. Clients follow
-                         their priors; some images lie with several clients, and some with none
+                         their priors; some images are dealt more than once, and some never
     dirichlet-class      class c is cut over the clients by q_c ~ Dir(alpha); sizes differ
     dirichlet-balanced   the same, but the table [classes, N] of shares is first made doubly
                          stochastic: about equal sizes
     shards               every client sees a few classes, and no others
 
 alpha -> infinity is iid. With alpha = 0.1, most clients of `dirichlet` hold two to four classes of
-any weight. The Dirichlet splits have the letter in common, not the difficulty: never compare their
+any weight. The Dirichlet splits share the name alpha, not the difficulty: never compare their
 alphas.
 
 A split is a function of (labels [n], N, rng, its settings) -> list of N arrays of image numbers. A
@@ -53,9 +53,9 @@ def partition(split, labels, N, seed=0, **settings):
         raise ValueError(f"alpha = {alpha} must be a finite number above 0")
     parts = split(labels, N, np.random.default_rng(seed), **settings)
     if min(map(len, parts)) == 0:
+        more = ", or a larger alpha" if "alpha" in settings else ""
         raise ValueError(
-            f"partition {name!r} leaves a client without images; "
-            f"take fewer clients than {N}, or a larger alpha"
+            f"partition {name!r} leaves a client without images; take fewer clients than {N}{more}"
         )
     return [torch.from_numpy(np.sort(part)) for part in parts]
 

@@ -43,7 +43,9 @@ class Images:
         local_epochs: Annotated[int, "epochs instead of local_steps; 0: steps", 0, 10**4] = 0,
         augment: Annotated[bool, "shift images by up to 4 pixels and flip them"] = False,
         man: Annotated[float, "weight zeta of MAN's term in the loss; 0: without", 0, None] = 0.0,
-        bf16: Annotated[bool, "gradients of clients in bfloat16, all else in float32"] = False,
+        bf16: Annotated[
+            bool, "gradients on clients' images in bfloat16, all else in float32"
+        ] = False,
     ):
         if not local_epochs and batch * local_steps > MOST_ROWS:
             raise ValueError(
