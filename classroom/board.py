@@ -2,7 +2,7 @@
 
 A run of a few seconds on the bundled images, with a small network, fifty clients that hold two
 classes each, and two bits a parameter. In the handout the chapters have holes, so your own answers
-are put into them first: the board runs the book with your TopK, your perturb, your FedSynSAM.
+are put into them first: the board runs the book with your QSGD, your perturb, your FedSynSAM.
 
     cosine       of u to the gradient of the global loss, at the points where clients are; the mean
                  over a last round

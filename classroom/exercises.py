@@ -66,7 +66,7 @@ class RandK:
     Not scaled ("random masking"): x_hat = x there, and E||x_hat - x||^2 = (1 - k/d) ||x||^2.
 
     Fields: the seed, an integer of 8 bytes (of which the low 32 bits count); the chosen x_j, not
-    yet multiplied by d/k, as k floats in the order of their places.
+    yet multiplied by d/k, as k floats in the order in which the places were drawn.
     The places are the first k of torch.randperm(d) under a CPU generator with that seed, in that
     order. In other words: start with r = 0..d-1. For i = 0, 1, ..., d-2 exchange r_i and r_z, where
     z = i + (u_i mod (d - i)) and u_0, u_1, ... are the 32-bit outputs of the Mersenne Twister

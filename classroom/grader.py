@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,8 +98,15 @@ def said(error, theorem):
     if isinstance(error, NotImplementedError):
         return {"outcome": NOT_YET, "message": str(error)}
     first = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-    shown = "\n".join(first.strip().splitlines()[:12])[:1500]
+    shown = "\n".join(first.strip().splitlines()[:12])[:1500] + line_of(error)
     return {"outcome": FAILED, "message": f"{theorem}\n{shown}"}
+
+
+def line_of(error):
+    """The line of exercises.py that an error came from; nothing if a theorem found it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).name == "exercises.py"]
+    return f"\n(exercises.py, line {lines[-1]})" if lines else ""
 
 
 def child(folder):

@@ -34,10 +34,16 @@ def vector(*numbers):
 
 def same(yours, expected, what, tolerance=1e-9):
     """AssertionError that shows both, unless they are equal up to rounding."""
+    assert yours is not None, f"{what}\n  yours:    None; a `return` is missing"
     mine, right = (torch.as_tensor(plain(x), dtype=f64).detach() for x in (yours, expected))
     shapes = mine.shape == right.shape
     close = shapes and torch.allclose(mine, right, rtol=tolerance, atol=tolerance)
-    assert close, f"{what}\n  yours:    {shown(mine)}\n  expected: {shown(right)}"
+    apart = (
+        f"\n  largest difference {(mine - right).abs().max():.2g}"
+        if shapes and len(mine.shape)
+        else ""
+    )
+    assert close, f"{what}\n  yours:    {shown(mine)}\n  expected: {shown(right)}{apart}"
 
 
 def plain(x):
@@ -58,7 +64,9 @@ def shown(x):
 def near(yours, expected, error, what):
     """AssertionError unless a mean lies within five of its standard errors."""
     ok = abs(yours - expected) <= 5 * error + 1e-12
-    assert ok, f"{what}\n  yours:    {yours:.4g} +- {error:.2g}\n  expected: {expected:.4g}"
+    spread = "" if error > 1e-12 else ", the same in all draws: nothing is random"
+    shown = f"  yours:    {yours:.4g} +- {error:.2g}{spread}\n  expected: {expected:.4g}"
+    assert ok, f"{what}\n{shown}"
 
 
 def through(compressor, x, seed=0):
@@ -109,13 +117,17 @@ def test_topk_error(m):
 
 def test_topk_wire(m):
     """The buffer holds k floats and k places of ceil(log2 d) bits, both in the order of places."""
-    x = torch.tensor([0.5, -3, 2, 0, -1])
+    x = torch.tensor([0.5, 2, -3, 0, -1])  # the larger one comes second
     buffer = m.TopK(2).encode(x)
     assert buffer.dtype == torch.uint8, f"the buffer is {buffer.dtype}, and must be uint8"
     same(len(buffer), 8 + 1 + 4, "bytes: two floats, two places of 3 bits, the checksum")
-    same(struct.unpack("<2f", bytes(buffer[:8].tolist())), [-3, 2], "the floats")
+    same(
+        struct.unpack("<2f", bytes(buffer[:8].tolist())),
+        [2, -3],
+        "the floats of [0.5, 2, -3, 0, -1]",
+    )
     same(int(buffer[8]), 1 + (2 << 3), "the byte with the places 1 and 2")
-    same(m.TopK(2).decode(buffer, 5), [0, -3, 2, 0, 0], "the decoded buffer")
+    same(m.TopK(2).decode(buffer, 5), [0, 2, -3, 0, 0], "the decoded buffer")
 
 
 # ----------------------------------------------------------------------------------------- randk
@@ -163,10 +175,13 @@ def test_randk_masking(m):
 
 
 def test_randk_wire(m):
-    """The buffer holds the seed and k floats, 64 + 32 k bits; the generator decides the seed."""
+    """The buffer holds the seed and the k floats x_j as drawn; the generator decides the seed."""
     x = torch.arange(1.0, 21)
     c = m.RandK(3)
-    same(len(c.encode(x, seeded())), 8 + 12 + 4, "bytes: the seed, three floats, the checksum")
+    buffer = c.encode(x, seeded())
+    same(len(buffer), 8 + 12 + 4, "bytes: the seed, three floats, the checksum")
+    drawn = c.places(int.from_bytes(bytes(buffer[:8].tolist()), "little"), 20)
+    same(struct.unpack("<3f", bytes(buffer[8:20].tolist())), x[drawn], f"x at the places {drawn}")
     same(c.encode(x, seeded(5)), c.encode(x, seeded(5)), "two buffers from equal generators")
     places = {tuple(through(c, x, seed).nonzero().view(-1).tolist()) for seed in range(10)}
     assert len(places) > 5, f"ten seeds gave only {len(places)} different sets of places"
@@ -199,7 +214,12 @@ def test_qsgd_small(m):
             for j, v in enumerate(through(m.QSGD(3, scale, 0, f64), x, seed).tolist()):
                 grid = [low[j], high[j]]
                 nearest = min(grid, key=lambda g: abs(g - v))
-                same(v, nearest, f"x_hat_{j} for {scale}; its grid points are {grid}")
+                near_it = ", ".join(f"{g:.5g}" for g in grid)
+                same(
+                    v,
+                    nearest,
+                    f"x_hat_{j} of x_{j} = {x[j]:.5g}, {scale}; its grid points: {near_it}",
+                )
 
 
 def test_qsgd_unbiased(m):
@@ -225,11 +245,27 @@ def test_qsgd_variance(m):
 
 
 def test_qsgd_zeros(m):
-    """A bucket of zeros stays 0, and no level lies above s."""
+    """A bucket of zeros stays 0, and no level lies above s, also in float32."""
     same(through(m.QSGD(3, "l2", 0, f64), torch.zeros(5, dtype=f64)), [0.0] * 5, "x_hat of zeros")
     x = randn(1000)
     largest = through(m.QSGD(5, "max", 0, f64), x).abs().max()
     assert largest <= x.abs().max() * (1 + 1e-9), "a level lies above s"
+    c = m.QSGD(2**15 - 1, "max", 0)
+    for size in (0.0, 1.0):  # 0 / 0; and u + r, which float32 may round up to s + 1
+        rows = torch.full((1, 20_000), size)
+        found = c.random_levels(rows, c.bucket_scales(rows), seeded())
+        same(found, size * c.levels + 0 * rows, f"levels of a bucket in which all x_j are {size:g}")
+
+
+def test_qsgd_draws(m):
+    """Each coordinate has a random number of its own, and the generator decides all of them."""
+    x, c = torch.cat([torch.ones(1), torch.full((99,), 0.5)]), m.QSGD(1, "max", 0)
+    kept = float((through(c, x)[1:] != 0).double().mean())
+    assert 0.2 < kept < 0.8, (
+        f"of 99 equal coordinates of a bucket {100 * kept:.0f} % are rounded up"
+    )
+    same(through(c, x, 3), through(c, x, 3), "x_hat from equal generators")
+    same(through(m.QSGD(3, "l2", 5), randn(12).float()).shape, [12], "the shape, in float32")
 
 
 # -------------------------------------------------------------------------------------- feedback
@@ -293,6 +329,8 @@ def test_feedback_generator(m):
     x, e = randn(50), torch.zeros(50, dtype=f64)
     first, second = (m.with_feedback(Noisy(), x, e, seeded(3))[0] for _ in range(2))
     same(first, second, "two buffers from equal generators")
+    buffer, residual = m.with_feedback(Noisy(), x, e, seeded(3))
+    same(Noisy().decode(buffer, 50) + residual, x, "what was sent plus the residual; encode once")
 
 
 # --------------------------------------------------------------------------------------- perturb
@@ -358,6 +396,10 @@ def test_fedlesam_small(m):
             same(u, expected, f"u in the client's round {t}")
         sent, mine = method.upload(received[t] + 7, now, mine, 0.1)
         same(sent["update"], [7.0] * 4, "the update, which must stay w - w^t")
+        kept, before = mine, dict(mine)
+        method.upload(received[t], {"w": received[t] + 1}, kept, 0.1)
+        ok = kept.keys() == before.keys() and all(kept[n] is before[n] for n in before)
+        assert ok, "`upload` changes `mine` in place; return a new dict"
 
 
 def test_fedlesam_participation(m):
@@ -445,12 +487,12 @@ def test_dirichlet_concentration(m):
 def test_dirichlet_turns(m):
     """The first clients are not more concentrated than the last ones: they take turns."""
     first, last = [], []
-    for seed in range(40):
-        parts = m.dirichlet(np.array(SPLIT), 8, np.random.default_rng(seed), 0.1)
+    for seed in range(120):
+        parts = m.dirichlet(np.array(SPLIT), 100, np.random.default_rng(seed), 0.1)
         c = concentration(parts, SPLIT)
-        first.append(c[:2].mean())
-        last.append(c[-2:].mean())
-    error = math.hypot(np.std(first), np.std(last)) / 40**0.5
+        first.append(c[:25].mean())
+        last.append(c[-25:].mean())
+    error = math.hypot(np.std(first), np.std(last)) / 120**0.5
     near(np.mean(first), np.mean(last), error, "concentration of the first and the last clients")
 
 
@@ -807,6 +849,7 @@ def test_lanczos_orthogonal(m):
 
     found = m.largest_eigenvalue(times, A[0], steps=40, tolerance=-1)
     same(found, 100.0, "the eigenvalue", 1e-4)
+    same(len(seen), 40, "products with H for steps = 40, when the tolerance is never met")
     Q = torch.stack(seen).to(f64)
     worst = float((Q @ Q.T - torch.eye(len(Q), dtype=f64)).abs().max())
     assert worst < 1e-4, f"a product of two of the vectors is off by {worst:.2g}"

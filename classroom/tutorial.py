@@ -239,23 +239,22 @@ for feedback, colour, label in (("off", RED, "top-k"), ("on", BLUE, "top-k, erro
     if feedback == "on":
         right.plot(range(1, len(norms) + 1), norms, color=colour)
 full = run.experiment(**TEN | {"compress": "identity"})
-left.plot(*curve(full), color=BLACK, ls=":", label="not compressed, 500 times the bytes")
+left.plot(*curve(full), color=BLACK, ls=":", label="not compressed, 670 times the bytes")
 left.set(xlabel="round", ylabel="test accuracy (%)")
 left.legend(fontsize=8)
 right.set(xlabel="round", ylabel="||residual||, mean of the clients", ylim=(0, None))
 plt.show()
 
 # %% [markdown]
-# The residual grows at first and then stays bounded: everything is sent in the end, only later.
-# That delay is the price.
+# The residual grows ever more slowly: everything is sent in the end, only later. That delay is the
+# price.
 #
 # *Change.* Set `participation` to 2. A client's residual now waits five rounds. Is feedback still
 # worth it?
 #
 # ## 5. What sharpness is
 #
-# *Question.* Two models have nearly the same training loss. How do they differ, and who decided
-# that?
+# *Question.* Two models have a similar training loss. How do they differ, and who decided that?
 #
 # Runs with four step sizes. Left: the loss along a random direction through each model (every
 # filter of the direction has the norm of that filter of the model). Middle: along the direction in
@@ -342,7 +341,7 @@ def cosines(federation, at_step, estimates):
 
 estimates = {
     "own gradient (FedSAM)": lambda w, batch: f.method.gradient(w, batch),
-    "last move, reversed (FedLESAM)": lambda w, batch: -moved,
+    "last move, reversed": lambda w, batch: -moved,
     "own path so far, w - w^t": lambda w, batch: w - f.w,
 }
 table = [cosines(f, step, estimates) for step in steps]
@@ -355,12 +354,12 @@ axis.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# After a few steps a client is far from where the others want the model to be. Its own gradient
+# After one step a client is already too far in its own direction for the others. Its own gradient
 # then points *away* from the gradient of the global loss: the perturbed point of FedSAM has a lower
 # global loss, not a higher one. The way that the client has made since it received w^t increases F:
-# this is drift again. And the reversed last move? It undoes what other clients did a round ago;
-# with five of twenty clients in a round, that lowers F. (The green line begins at 0, as the client
-# has not moved yet.)
+# this is drift again. And the reversed last move, which is what FedLESAM follows if every client is
+# in every round? It undoes what other clients did a round ago; with five of twenty clients in a
+# round, that lowers F. (The green line begins at 0, as the client has not moved yet.)
 #
 # *Change.* Use `alike.federation` for `f`. Whose gradient should one take if all clients look
 # alike?

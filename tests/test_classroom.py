@@ -104,6 +104,71 @@ class InOrderOfMagnitude(compress.TopK):
         return compress.seal(values, compress.pack(places, bits))
 
 
+class Unsorted(InOrderOfMagnitude):
+    def decode(self, buffer, d):
+        k = compress.count(self.k, d)
+        floats, places = compress.unseal(buffer).tensor_split([k * self.dtype.itemsize])
+        values = compress.from_bytes(floats, k, self.dtype)
+        x_hat = torch.zeros(d, dtype=self.dtype)
+        x_hat[compress.unpack(places, k, compress.place_bits(d))] = values
+        return x_hat
+
+
+class ScaledByTheClient(compress.RandK):
+    def encode(self, x, generator=None):
+        return super().encode(x * len(x) / compress.count(self.k, len(x)), generator)
+
+    def decode(self, buffer, d):
+        return compress.RandK(self.k, False, self.dtype).decode(buffer, d)
+
+
+class ScalesOfAnotherType(compress.QSGD):
+    def bucket_scales(self, rows):
+        return super().bucket_scales(rows).double()
+
+
+class OneNumberForAll(compress.QSGD):
+    def random_levels(self, rows, scales, generator):
+        u = rows.abs() * (self.levels / scales.to(rows.dtype).clamp_min(1e-30))[:, None]
+        r = torch.rand(len(u), 1, generator=generator, dtype=u.dtype)
+        return (u + r).floor().clamp(max=self.levels)
+
+
+class AnyGenerator(compress.QSGD):
+    def encode(self, x, generator=None):
+        return super().encode(x)
+
+
+class NotClamped(compress.QSGD):
+    def random_levels(self, rows, scales, generator):
+        u = rows.abs() * (self.levels / scales.to(rows.dtype).clamp_min(1e-30))[:, None]
+        return (u + torch.rand(u.shape, generator=generator, dtype=u.dtype)).floor()
+
+
+class ZeroByZero(compress.QSGD):
+    def random_levels(self, rows, scales, generator):
+        u = rows.abs() * (self.levels / scales.to(rows.dtype))[:, None]
+        r = torch.rand(u.shape, generator=generator, dtype=u.dtype)
+        return (u + r).floor().clamp(max=self.levels)
+
+
+def encodes_twice(compressor, x, e, generator=None):
+    buffer = compressor.encode(e + x, generator)
+    again = compressor.encode(e + x, generator)
+    return buffer, e + x - compressor.decode(again, len(x))
+
+
+class InPlace(fl.FedLESAM):
+    def upload(self, w, received, mine, lr_sum):
+        sent, _ = super().upload(w, received, mine, lr_sum)
+        mine["w_old"] = received["w"]
+        return sent, mine
+
+
+def one_step_less(times, like, steps=100, **more):
+    return sam.largest_eigenvalue(times, like, steps - 1 if len(like) > 50 else steps, **more)
+
+
 class NotScaled(compress.RandK):
     def decode(self, buffer, d):
         return compress.RandK(self.k, False, self.dtype).decode(buffer, d)
@@ -151,6 +216,18 @@ def one_client_after_the_other(labels, N, rng, alpha=0.1):
     pools, parts = [list(pool) for pool in split.by_class(labels, rng)], []
     for _ in range(N):
         prior, part = rng.dirichlet([alpha] * len(pools)) + 1e-12, []
+        for _ in range(len(labels) // N):
+            p = np.array([q if pool else 0 for q, pool in zip(prior, pools)])
+            part.append(pools[rng.choice(len(pools), p=p / p.sum())].pop())
+        parts.append(np.array(part))
+    return parts
+
+
+def all_priors_first(labels, N, rng, alpha=0.1):
+    pools, parts = [list(pool) for pool in split.by_class(labels, rng)], []
+    priors = [rng.dirichlet([alpha] * len(pools)) + 1e-12 for _ in range(N)]
+    for prior in priors:
+        part = []
         for _ in range(len(labels) // N):
             p = np.array([q if pool else 0 for q, pool in zip(prior, pools)])
             part.append(pools[rng.choice(len(pools), p=p / p.sum())].pop())
@@ -248,18 +325,28 @@ def lanczos_without_reorthogonalising(times, like, steps=100, tolerance=1e-3, se
 WRONG = {
     "topk: largest values, not magnitudes": wrong(TopK=LargestValues),
     "topk: places in the order of magnitude": wrong(TopK=InOrderOfMagnitude),
+    "topk: not sorted at either end": wrong(TopK=Unsorted),
     "randk: not multiplied by d/k": wrong(RandK=NotScaled),
+    "randk: multiplied before it is sent": wrong(RandK=ScaledByTheClient),
     "randk: the same places in every round": wrong(RandK=SamePlaces),
     "qsgd: rounds to the nearest level": wrong(QSGD=Nearest),
     "qsgd: up or down with probability 1/2": wrong(QSGD=AlwaysHalf),
+    "qsgd: scales that are not of the wire's type": wrong(QSGD=ScalesOfAnotherType),
+    "qsgd: one random number for a bucket": wrong(QSGD=OneNumberForAll),
+    "qsgd: the generator is ignored": wrong(QSGD=AnyGenerator),
+    "qsgd: a level may be s + 1": wrong(QSGD=NotClamped),
+    "qsgd: 0 / 0": wrong(QSGD=ZeroByZero),
     "feedback: the residual is kept but not sent": wrong(with_feedback=residual_is_not_sent),
     "feedback: the old residual is lost": wrong(with_feedback=old_residual_is_lost),
+    "feedback: encodes twice": wrong(with_feedback=encodes_twice),
     "perturb: not divided by ||u||": wrong(perturb=lambda w, u, rho: w + rho * u),
     "perturb: goes down": wrong(perturb=lambda w, u, rho: sam.perturb(w, -u, rho)),
     "perturb: 0 / 0": wrong(perturb=lambda w, u, rho: w + rho * u / u.norm()),
     "fedlesam: forward instead of back": wrong(FedLESAM=Forward),
     "fedlesam: remembers its own model": wrong(FedLESAM=RemembersItsOwnModel),
+    "fedlesam: changes its memory in place": wrong(FedLESAM=InPlace),
     "dirichlet: one client after the other": wrong(dirichlet=one_client_after_the_other),
+    "dirichlet: all images of one client, then of the next": wrong(dirichlet=all_priors_first),
     "dirichlet: one prior for all": wrong(dirichlet=one_prior_for_all),
     "unroll: all gradients at the start": wrong(unroll=first_gradient_only),
     "unroll: no graph, nothing to differentiate": wrong(unroll=without_graph),
@@ -275,6 +362,7 @@ WRONG = {
     "man: without the 1/2": wrong(Images=NoHalf),
     "man: padding counts": wrong(Images=PaddingCounts),
     "lanczos: power iteration": wrong(largest_eigenvalue=power_iteration),
+    "lanczos: a step too few": wrong(largest_eigenvalue=one_step_less),
     "lanczos: not reorthogonalised": wrong(largest_eigenvalue=lanczos_without_reorthogonalising),
 }
 
