@@ -389,6 +389,20 @@ def test_an_answer_beside_the_expected_one_is_shown():
     assert "yours:    [2.5, 4]" in str(error.value) and "expected: [1.3, 2.4]" in str(error.value)
 
 
+def test_an_error_is_shown_with_its_line_and_a_missing_return_is_named():
+    answers = {}
+    exec(
+        compile("def perturb(w, u, rho):\n    return w + None", "/a/exercises.py", "exec"), answers
+    )
+    with pytest.raises(TypeError) as error:
+        theorems.test_perturb_small(wrong(**answers))
+    assert grader.said(error.value, "theorem")["message"].endswith("(exercises.py, line 2)")
+    with pytest.raises(AssertionError, match="yours:    None; a `return` is missing"):
+        theorems.test_perturb_small(wrong(perturb=lambda w, u, rho: None))
+    with pytest.raises(AssertionError, match="largest difference 1.*e-06"):
+        theorems.test_perturb_small(wrong(perturb=lambda w, u, rho: sam.perturb(w, u, rho) + 1e-6))
+
+
 # ----------------------------------------------------------------------------------- exercises.md
 
 
