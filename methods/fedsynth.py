@@ -157,13 +157,6 @@ class AsData:
         return synth.Synthetic(X, head[1:].view(M, n, -1), head[0])
 
 
-def message_bytes(settings, image_shape, classes, dtype=torch.float32):
-    """Bytes of a message of FedSynth with these settings: a, Y, X and the checksum."""
-    count = settings.fs_batches * settings.fs_images
-    images = image_bytes((count, *image_shape), settings.fs_format, dtype)
-    return dtype.itemsize * (1 + count * classes) + images + 4
-
-
 # ------------------------------------------------------------------------------ images as bytes
 
 

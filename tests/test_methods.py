@@ -96,6 +96,13 @@ def near(a, b, tolerance=1e-11):
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+def message_bytes(settings, image_shape, classes, dtype=torch.float32):
+    """Bytes of a message of FedSynth with these settings: a, Y, X and the checksum."""
+    count = settings.fs_batches * settings.fs_images
+    images = fedsynth.image_bytes((count, *image_shape), settings.fs_format, dtype)
+    return dtype.itemsize * (1 + count * classes) + images + 4
+
+
 # ------------------------------------------------------------------------------ the rules of fl.py
 
 
@@ -123,7 +130,7 @@ def test_methods_cost_what_their_docstrings_say(M):
     assert len(calls) == gradients * sum(map(task.steps, range(5))) + whole
     message = 8 * d + 4  # float64 and the checksum
     if M is FedSynth:
-        up_bytes = fedsynth.message_bytes(f.method, task.image_shape, task.classes, f64)
+        up_bytes = message_bytes(f.method, task.image_shape, task.classes, f64)
     else:
         up_bytes = up * message
     extra = 8 + 4 if M is FedWMSAM else 0  # alpha
@@ -732,7 +739,7 @@ def test_with_the_clients_own_batches_the_server_replays_its_update():
     server = method.codec(None, received)  # it has no batches
     buffer = server.pack(synth.Synthetic(X, Y, torch.tensor(0.1, dtype=f64)))
     assert near(server.decode(buffer, 51), sent["update"]) and sent["update"].norm() > 0.01
-    assert len(buffer) == fedsynth.message_bytes(method, task.image_shape, 3, f64)
+    assert len(buffer) == message_bytes(method, task.image_shape, 3, f64)
     swapped = server.pack(synth.Synthetic(X.flip(0), Y.flip(0), torch.tensor(0.1, dtype=f64)))
     assert not near(server.decode(swapped, 51), sent["update"], 1e-6)  # the order counts
 
@@ -766,7 +773,7 @@ def test_a_message_takes_the_bytes_of_its_formula(format, pixel, extra):
     c.task.x = c.task.x.float()
     buffer = c.encode(x.float(), seeded())
     assert len(buffer) == pixel * 6 * 16 + 4 * (6 * 3 + 1) + extra + 4
-    assert len(buffer) == fedsynth.message_bytes(c.settings, (1, 4, 4), 3)
+    assert len(buffer) == message_bytes(c.settings, (1, 4, 4), 3)
     assert c.decode(buffer, 51).dtype == torch.float32
 
 

@@ -17,7 +17,7 @@ import difflib
 import gzip
 import math
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -132,18 +132,12 @@ def draw_batches(mine, batch, steps, epochs, generator, augment=False):
 # ---------------------------------------------------------------------------------------- loading
 
 
-def load(
-    name,
-    val: Annotated[int, "training images held out for tuning, class-balanced", 0, None] = 1000,
-    device="cpu",
-    root=DOWNLOADS,
-    seed=0,
-    dtype=torch.float32,
-):
+def load(name, val=1000, device="cpu", root=DOWNLOADS, seed=0, dtype=torch.float32):
     """Load a data set by its name, or from a .npz file -> Dataset.
 
-    root: where torchvision keeps its downloads; seed: of the choice of validation images. Raises
-    ValueError if there is no such data set, if it is damaged, or if val leaves nothing to train on.
+    val: training images held out for tuning, class-balanced; root: where torchvision keeps its
+    downloads; seed: of the choice of validation images. Raises ValueError if there is no such data
+    set, if it is damaged, or if val leaves nothing to train on.
     """
     raw = read(name, root)
     y, y_test = (labels.reshape(-1).astype(np.int64) for labels in (raw.y_train, raw.y_test))
