@@ -73,20 +73,38 @@ def told(claim, part):
     return "\n\n".join(text)
 
 
-def keep(claim, rows, root):
-    """Write results/NAME.json -> the part of this size; root: where the runs are."""
+def keep(claim, rows):
+    """Write results/NAME.json -> the part of this size. A row has the number of its machine."""
     part = {"claim": claim.says, "source": claim.source, "refuted_by": claim.refuted}
     part |= {"command": claim.command, "machines": [], "defaults": run.resolve()}
     path = claim.results / f"{claim.name}.json"
-    with study.locked(root / path.name):
+    with study.locked(path):
         claim.check()  # again: another command may have stored rows in the meantime
-        kept, stored = claim.kept(), claim.stored()
-        machines = [row.get("machine") for row in rows] + (stored["machines"] if kept else [])
-        part["machines"] = [m for n, m in enumerate(machines) if m and m not in machines[:n]]
-        rows = [{k: v for k, v in row.items() if k != "machine"} for row in rows]
-        part["rows"] = in_order(claim, kept + rows)
+        kept = claim.kept()
+        before = claim.stored()["machines"] if kept else []
+        of_kept = [before[row["machine"]] if "machine" in row else None for row in kept]
+        found = [row.get("machine") for row in rows] + of_kept  # older rows do not say it
+        part["machines"] = list(unique(machine for machine in found + before if machine))
+        part["rows"] = in_order(claim, numbered(rows + kept, found, part["machines"]))
         study.store(path, claim.size, part)
     return part
+
+
+def unique(things):
+    """Each once, in order."""
+    seen = []
+    for thing in things:
+        if thing not in seen:
+            seen.append(thing)
+    return seen
+
+
+def numbered(rows, found, machines):
+    """The rows, each with the place of its machine, if that is known."""
+    return [
+        row | ({"machine": machines.index(machine)} if machine else {})
+        for row, machine in zip(rows, found)
+    ]
 
 
 def in_order(claim, rows):
@@ -119,7 +137,7 @@ def tuned(claim, root, threads):
     searches = {
         place: what
         for place, what in claim.searches().items()
-        if claim.only.match(", ".join(place))
+        if claim.only.match(", ".join(place)) or claim.only.match(place[1])
     }
     if not searches:
         raise ValueError(f"{claim.name} tunes nothing of its own here; see python -m lab.tune")
@@ -132,7 +150,7 @@ def tuned(claim, root, threads):
 def conducted(claim, root, threads):
     """Do the runs of a claim, store the rows, draw, print what came out: exit code 0."""
     claim.check()
-    part = keep(claim, study.conduct(claim, root, threads=threads), root)
+    part = keep(claim, study.conduct(claim, root, threads=threads))
     if study.stored(claim.results / f"{claim.name}.json")[0] == claim.size:
         draw(claim, part)  # the figure is that of the largest size
     print(told(claim, part))

@@ -24,7 +24,7 @@ import pandas as pd
 import seaborn as sns
 
 import run
-from lab import measures, verdicts
+from lab import measures, study, verdicts
 from lab.verdicts import MEASURES, Value
 from plumbing.folder import read_json
 
@@ -147,11 +147,11 @@ def arms_of(c, arms):
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#000000", "#808080")
 
 
-def draw_gains(path, claim, table, measures=("accuracy", "mean_model")):
+def draw_gains(path, claim, table):
     """Paired differences to FedAvg over the splits, a line a direction; arms are "SPLIT, NAME"."""
     with plt.rc_context(STYLE | {"font.size": 10}):
-        page, axes = plt.subplots(1, len(measures), figsize=(12, 4.6), layout="constrained")
-        for axis, measure in zip(axes, measures):
+        page, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+        for axis, measure in zip(axes, ("accuracy", "mean_model")):
             names = list(claim.directions)[1:]
             for k, (name, colour) in enumerate(zip(names, COLOURS)):
                 found = gains(claim, table, name, measure)
@@ -197,7 +197,8 @@ def draw_against(path, claim, table, gain="accuracy"):
                     x = getattr(p, measure)
                     draw_gain(axis, x, (p.mean, p.low, p.high), colour)
                     words.append((axis, x, p.mean, words_of(p.arm)))
-                axis.set_title(f"rank correlation {rank_correlation(near, measure):+.2f}")
+                rate = "" if near.rate.nunique() == 1 else f", arms with lr {near.rate.iloc[0]:g}"
+                axis.set_title(f"rank correlation {rank_correlation(near, measure):+.2f}{rate}")
                 axis.axhline(0, color="black", lw=0.8)
             row[0].set_ylabel(f"{split}: {MEASURES[gain][0]},\nminus that without an ascent")
         for axis, (measure, title) in zip(axes[-1], AGAINST.items()):
@@ -212,11 +213,13 @@ def draw_against(path, claim, table, gain="accuracy"):
 
 
 def gains_against(claim, table, gain):
-    """A line for each arm: its split, its gain (mean, low, high), the means of AGAINST, if far."""
-    arms = list(dict.fromkeys(table.arm))
+    """A line for each arm: split, lr, gain (mean, low, high), the means of AGAINST, if far."""
+    arms, (common,) = list(dict.fromkeys(table.arm)), claim.tasks().values()
     found = pd.DataFrame([gain_of(claim, table, arm, gain) for arm in arms])
     found.columns = ["mean", "low", "high"]
     found["arm"], found["split"] = arms, [arm.split(", ")[0] for arm in arms]
+    own = claim.arms("")
+    found["rate"] = [study.fitting(common, own[arm]).get("lr") for arm in arms]
     found["far"] = found["mean"].abs() > too_far(found["mean"].abs())
     for measure in AGAINST:
         found[measure] = [verdicts.values(table, Value(arm, measure)).mean() for arm in arms]
@@ -224,7 +227,9 @@ def gains_against(claim, table, gain):
 
 
 def rank_correlation(found, measure):
-    """Spearman's, of gain and a measure, over the arms that have it."""
+    """Spearman's, of gain and a measure, over the arms of a split that have it and the learning
+    rate of the first arm, the baseline. Another rate moves both, whatever the direction."""
+    found = found[found.rate == found.rate.iloc[0]]
     return found[measure].corr(found["mean"], "spearman")
 
 
@@ -336,7 +341,7 @@ def draw_overview(path, claims):
             for pair, name in zip(axes, column):
                 draw_pair(pair, name, *claims[name])
         page.suptitle(
-            "Every arm minus FedAvg (in descent: FedSynSAM; on FedDyn: FedDyn), same seeds: mean "
+            "Every arm minus FedAvg (descent: FedSynSAM; half of whose: FedDyn), same seeds: mean "
             "and 95 % t-interval, without correction. Blue: better, red: worse, grey: it crosses 0",
             fontsize=10,
         )

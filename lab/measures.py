@@ -486,9 +486,11 @@ def main(argv=None):
     p = run.Parser(prog="python -m lab.measures", description=__doc__.split("\n")[0])
     p.add_argument("folder", type=Path)
     p.add_argument("names", nargs="*", default=["eigenvalues", "trace", "sam"])
+    p.add_argument("--algo", help="again, if the method is in a file of yours")
     try:
-        given = p.parse_args(argv)
-        found = measure(given.folder, {name: {} for name in given.names})
+        given = vars(p.parse_args(argv))
+        folder, names = given.pop("folder"), given.pop("names")
+        found = measure(folder, {name: {} for name in names}, **given)
     except (ValueError, OSError) as error:
         print(f"lab.measures: {error}", file=sys.stderr)
         return 2

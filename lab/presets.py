@@ -252,11 +252,12 @@ def keep(path, rows):
     def place(row):
         return row["algo"], row["column"], row["seed"], json.dumps(row["changed"])
 
-    stored = json.loads(path.read_text()) if path.exists() else []
-    new = {place(row) for row in rows}
-    rows = [row for row in stored if place(row) not in new] + rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    run.write(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    with study.locked(path):
+        stored = json.loads(path.read_text()) if path.exists() else []
+        new = {place(row) for row in rows}
+        rows = [row for row in stored if place(row) not in new] + rows
+        run.write(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def changes_of(words):

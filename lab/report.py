@@ -72,7 +72,8 @@ def section(claim, part, outcomes, prose):
     outcomes: for each task its table, its comparisons and the verdict.
     """
     lines = [f"## {claim.name}", f"{claim.says} ({claim.source})."]
-    lines.append(f"Refuted if, significantly, {claim.refuted}, and nothing is as claimed.")
+    how = "Refuted if one of these is significant, and no comparison is as claimed"
+    lines.append(f"{how}: {claim.refuted}.")
     lines.append(made_by(claim, part))
     for task, (table, found, word) in outcomes.items():
         lines += [f"### {task}"] if task else []
@@ -91,14 +92,16 @@ def section(claim, part, outcomes, prose):
 
 
 def made_by(claim, part):
-    """By which command, version and machine; older rows had another command."""
-    machine, command = part["machines"][0] if part["machines"] else {}, part["command"]
-    where = f"torch {machine.get('torch')}, {machine.get('cores')} cores of {processor(machine)}"
+    """By which command, versions and machines; older rows had another command."""
+    command, wheres = part["command"], []
+    for m in part["machines"]:
+        where = f"torch {m.get('torch')}, {m.get('cores')} cores of {processor(m)}"
+        wheres.append(f"source {m.get('source')}, {where}")
     if "lab.claims" not in command:
         command, old = claim.command, f" then called `{command}`,"
     else:
         old = ""
-    return f"`{command}`, made by source {machine.get('source')},{old} {where}."
+    return f"`{command}`,{old} made by {'; '.join(wheres) or 'a machine that is not known'}."
 
 
 def processor(machine):

@@ -166,6 +166,7 @@ def alone(folder):
 @contextlib.contextmanager
 def locked(path):
     """Wait until no other process writes the file at this path, and keep them waiting."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Choosing settings fairly: the same budget for every method, and never a look at the test images.
+"""Choosing settings fairly: the same search for every method, and never a look at the test images.
 
     python -m lab.tune fedsam --size cpu
     python -m lab.claims skew --tune        what a claim compares, on its own tasks
@@ -167,7 +167,7 @@ def tune(searches, size, root, path, command, **machine):
     def job(place, shared, grid, seeds):
         about = {"size": size, "world": place[0], "method": place[1], "command": command}
         entry = winner_of(root, shared | machine, grid, about, seeds)
-        with study.locked(root / "tuned.json"):
+        with study.locked(path):
             enter(path, entry)
         return entry
 

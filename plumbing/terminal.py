@@ -41,7 +41,7 @@ def card(result, settings, folder):
     if beside:
         words = ", ".join(f"{algo}~{100 * x:.1f}" for algo, x in beside.items())
         lines = textwrap.wrap(words, 62)
-        shown["others, tuned"] = ("\n" + 18 * " ").join(lines).replace("~", " ")
+        shown["tuned, 5 seeds"] = ("\n" + 18 * " ").join(lines).replace("~", " ")
     shown |= {"settings": result["settings"], "folder": folder}
     title = f"--- {result['algo']}, seed {result['seed']}, d = {result['d']:,} "
     return "\n".join([title.ljust(80, "-"), *(f"{n:>16}  {text}" for n, text in shown.items())])
@@ -56,8 +56,8 @@ def stored_beside(settings, path=HERE / "results" / "default.json"):
     if any(settings.get(k, x) != x for k, x in job.items() if not changes_seconds(k)):
         return {}
     rows = [r for r in stored["rows"] if r["arm"] == r.get("algo")]  # others: another uplink
-    others = dict.fromkeys(r["algo"] for r in rows if r["algo"] != settings["algo"])
-    return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in others}
+    algos = dict.fromkeys(r["algo"] for r in rows)
+    return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in algos}
 
 
 def table(results):

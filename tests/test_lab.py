@@ -891,7 +891,7 @@ def test_a_part_of_a_claim_takes_its_place_beside_the_stored_rows(tmp_path):
 
     def keep(only, found):
         claim = ours.Skew("cpu", tmp_path, only=only)
-        return claims.keep(claim, found, tmp_path)
+        return claims.keep(claim, found)
 
     old = rows("two classes", range(3), "old") + rows("one class", range(5), "old")
     keep("one class|two classes", old)
@@ -963,7 +963,7 @@ def test_the_report_is_that_of_the_stored_rows_and_notes():
     assert text == (RESULTS / "README.md").read_text(), "run python -m lab.report"
     for name in STORED:
         assert f"## {name}\n" in text and f"python -m lab.claims {name} --size " in text
-        assert f"\nRefuted if, significantly, {STORED[name][0].refuted}," in text  # today's words
+        assert f"as claimed: {STORED[name][0].refuted}.\n" in text  # today's words
     assert not re.search(r"\{[^{}]*\|[^{}]*\}", text)  # every place of the notes is filled in
 
 

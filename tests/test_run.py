@@ -329,7 +329,8 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     path, defaults = tmp_path / "default.json", run.resolve()
     path.write_text(json.dumps({"cpu": {"rows": rows, "defaults": defaults}}))
     settings = defaults | {"seed": 7, "visit": "plain"}
-    assert terminal.stored_beside(settings, path) == pytest.approx({"fedavg": 0.55, "sam": 0.4})
+    expected = {"fedavg": 0.55, "sam": 0.4, "fedsynsam": 0.1}
+    assert terminal.stored_beside(settings, path) == pytest.approx(expected)
     mine = run.resolve(algo="fedprox")  # a setting that the stored runs do not have
     assert list(terminal.stored_beside(mine, path)) == ["fedavg", "sam", "fedsynsam"]
     for other in ({"lr": 0.2}, {"compress": "qsgd"}, {"rho": 0.05}):
@@ -338,8 +339,8 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     path.write_text(json.dumps({"quick": {"rows": rows}}))
     assert terminal.stored_beside(settings, path) == {}
     shown = terminal.card(result, settings, tmp_path)
-    assert "others, tuned  fedavg" in shown and max(map(len, shown.splitlines())) < 90
-    assert "others, tuned" not in terminal.card(result, settings | {"lr": 0.2}, tmp_path)
+    assert "tuned, 5 seeds  fedavg" in shown and max(map(len, shown.splitlines())) < 90
+    assert "tuned, 5 seeds" not in terminal.card(result, settings | {"lr": 0.2}, tmp_path)
     assert "(mean of 2 evaluations, rounds 2 to 4)" in shown
     assert "(round 8)" in terminal.card(result | {"averaged": [8]}, settings, tmp_path)
 
