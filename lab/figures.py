@@ -192,12 +192,14 @@ def draw_against(path, claim, table, gain="accuracy"):
         page, axes = plt.subplots(len(splits), len(AGAINST), squeeze=False, sharex="col", **size)
         for row, split, colour in zip(axes, splits, COLOURS[3:]):
             near = found[(found.split == split) & ~found.far]
+            lr = near.rate.iloc[0]
             for axis, measure in zip(row, AGAINST):
                 for p in near[near[measure].notna()].itertuples():
                     x = getattr(p, measure)
                     draw_gain(axis, x, (p.mean, p.low, p.high), colour)
-                    words.append((axis, x, p.mean, words_of(p.arm)))
-                rate = "" if near.rate.nunique() == 1 else f", arms with lr {near.rate.iloc[0]:g}"
+                    other = "" if p.rate == lr else f" (lr {p.rate:g})"
+                    words.append((axis, x, p.mean, words_of(p.arm) + other))
+                rate = "" if near.rate.nunique() == 1 else f" at lr {lr:g}"
                 axis.set_title(f"rank correlation {rank_correlation(near, measure):+.2f}{rate}")
                 axis.axhline(0, color="black", lw=0.8)
             row[0].set_ylabel(f"{split}: {MEASURES[gain][0]},\nminus that without an ascent")
