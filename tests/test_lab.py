@@ -899,6 +899,7 @@ def test_a_part_of_a_claim_takes_its_place_beside_the_stored_rows(tmp_path):
     marks = collections.Counter((row["arm"].split(",")[0], row["mark"]) for row in part["rows"])
     assert marks == {("two classes", "old"): 27, ("one class", "new"): 65}
     assert [m["torch"] for m in part["machines"]] == ["new", "old"]
+    assert all(part["machines"][row["machine"]]["torch"] == row["mark"] for row in part["rows"])
     assert part["command"] == "python -m lab.claims skew --size cpu"
     first = [row["arm"] for row in part["rows"] if row["seed"] == 0]
     assert first == [arm for arm in ours.Skew().arms("") if arm in first]
