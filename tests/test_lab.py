@@ -1198,6 +1198,21 @@ def test_a_preset_from_its_command_to_its_row(tmp_path, capsys):
     assert again == rows and rows[1]["published"] == 83.37
 
 
+def test_commands_beside_each_other_keep_all_rows_of_a_preset(tmp_path):
+    rows = [{"algo": "a", "column": "b", "seed": k, "changed": {}} for k in range(40)]
+    path = tmp_path / "new" / "rows.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda row: presets.keep(path, [row]), rows))
+    assert sorted(row["seed"] for row in json.loads(path.read_text())) == list(range(40))
+
+
+def test_only_chooses_searches_by_their_arm_too(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tune, "tune", lambda searches, *_, **__: seen.extend(searches) or [])
+    words = ["radius", "--tune", "--only", "fedsam", "--results", str(tmp_path)]
+    assert claims.main(words) == 0 and seen == [("one bit", "fedsam")]
+
+
 def test_a_preset_keeps_what_is_done_when_a_run_diverges(tmp_path, monkeypatch, capsys):
     def train(root, settings):
         if settings["algo"] == "fedsmoo":
