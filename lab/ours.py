@@ -193,7 +193,7 @@ class Overfit(Skew):
 
     The trials (lab/directions.py) and other syntheses are run at Dir 0.1 only. They came last, with
     two more judged comparisons, which were written before the runs that they judge. One learning
-    rate and one radius for all, so a gain may be one of the radius; three directions have rho 0.3,
+    rate and one radius for all, so a gain may be one of the radius; four directions have rho 0.3,
     too (not judged). A first look with seeds 0 and 1 gave the claim: training accuracy was 20
     points above test accuracy, and methods differed in test loss, in accuracy by two points or
     less. So test loss is judged, with other seeds.
@@ -217,10 +217,11 @@ class Overfit(Skew):
         "another batch": {"algo": "lab/directions.py:AnotherBatch"},
         "debiased": {"algo": "fedsynsam-debiased"},
     }
-    synthetic = Skew.directions["synthetic (FedSynSAM)"]
+    synthetic, true = Skew.directions["synthetic (FedSynSAM)"], Skew.directions["true (oracle)"]
     trials = {  # at Dir 0.1 only
         "own with rho 0.3 (FedSAM)": {"algo": "fedsam", "rho": 0.3},
         "synthetic with rho 0.3 (FedSynSAM)": synthetic | {"rho": 0.3},
+        "true with rho 0.3 (oracle)": true | {"rho": 0.3},
         "another batch with rho 0.3": directions["another batch"] | {"rho": 0.3},
         "whole client": {"algo": "lab/directions.py:WholeClient", "visit": "threads"},
         "another client": {"algo": "lab/directions.py:AnotherClient"},
