@@ -84,7 +84,7 @@ def keep(claim, rows):
         before = claim.stored()["machines"] if kept else []
         of_kept = [before[row["machine"]] if "machine" in row else None for row in kept]
         found = [row.get("machine") for row in rows] + of_kept  # older rows do not say it
-        part["machines"] = list(unique(machine for machine in found + before if machine))
+        part["machines"] = unique(machine for machine in found + before if machine)
         part["rows"] = in_order(claim, numbered(rows + kept, found, part["machines"]))
         study.store(path, claim.size, part)
     return part

@@ -399,6 +399,7 @@ def test_an_error_is_shown_with_its_line_and_a_missing_return_is_named():
     assert grader.said(error.value, "theorem")["message"].endswith("(exercises.py, line 2)")
     with pytest.raises(AssertionError, match="yours:    None; a `return` is missing"):
         theorems.test_perturb_small(wrong(perturb=lambda w, u, rho: None))
+    theorems.same([], [], "nothing")
     with pytest.raises(AssertionError, match="largest difference 1.*e-06"):
         theorems.test_perturb_small(wrong(perturb=lambda w, u, rho: sam.perturb(w, u, rho) + 1e-6))
 
