@@ -2,6 +2,7 @@
 
     python run.py                                    FedSynSAM on the bundled images, 100 clients
     python run.py --algo fedavg fedsynsam --seeds 3  a comparison: mean and standard deviation
+    python run.py --compress sign qsgd topk          the same of compressors
     python run.py --resume runs/NAME                 continue a run or a comparison
     python run.py --quick                            a small version: a tenth of the rounds
     python run.py --list                             all methods, compressors, networks and splits
@@ -293,22 +294,31 @@ def load(folder, **given):
 
 # ---------------------------------------------------------------------------------- comparisons
 
+SEVERAL = ("algo", "compress")  # of these a command may name several
 
-def runs_of(algos, seeds, given):
+
+def pairs_of(given):
+    """Every method of a command with every compressor: [{"algo": ..., "compress": ...}]."""
+    algos, compressors = (given.get(kind) or [getattr(Run, kind)] for kind in SEVERAL)
+    return [{"algo": a, "compress": c} for a in algos for c in compressors]
+
+
+def runs_of(given, seeds=1):
     """The runs of a command: {name: settings}. Each run gets those flags that it has a use for.
 
     `--algo fedavg fedsam --rho 0.05` is fine, although FedAvg has no rho.
     """
-    runs = {}
-    for algo in algos:
-        known = {name for part in owners(given | {"algo": algo}) for name in settings_of(part)}
-        mine = {name: value for name, value in given.items() if name in known}
+    runs, several = {}, len(given.get("compress", ())) > 1
+    for pair in pairs_of(given):
+        known = {name for part in owners(given | pair) for name in settings_of(part)}
+        mine = {name: value for name, value in (given | pair).items() if name in known}
+        arm = short(pair["algo"]) + (f"-{short(pair['compress'])}" if several else "")
         first = mine.get("seed", Run.seed)
         for seed in range(first, first + seeds):
-            label = f"{short(algo)}-s{seed}"
+            label = f"{arm}-s{seed}"
             if label in runs:
                 raise ValueError(f"two runs would be called {label}; each needs a name of its own")
-            runs[label] = resolve(**mine | {"algo": algo, "seed": seed})
+            runs[label] = resolve(**mine | {"seed": seed})
     return runs
 
 
@@ -321,12 +331,14 @@ def compare(folder, runs):
     A run that fails does not stop the others, and leaves an older table as it was. Returns the exit
     code: 1 if one failed.
     """
-    results, logs, failed = [], {}, 0
+    results, logs, failed = {}, {}, 0  # {arm: [one for each seed]}
+    several = len({settings["compress"] for settings in runs.values()}) > 1
     for name, settings in runs.items():
+        arm = settings["algo"] + (f", {settings['compress']}" if several else "")
         try:
             outcome = experiment(folder and folder / name, **settings)
-            results.append(outcome.result)
-            logs.setdefault(outcome.result["algo"], []).append(outcome.log)
+            results.setdefault(arm, []).append(outcome.result)
+            logs.setdefault(arm, []).append(outcome.log)
         except FAILURES as error:
             complain(f"{name}: {error}{place_of(error)}")
             failed = 1
@@ -345,15 +357,16 @@ def parser(given):
     """The flags of the parts that are given; a flag that is not used stays absent."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--algo", nargs="+", metavar="METHOD", help="one or more methods")
+    p.add_argument("--compress", nargs="+", metavar="COMPRESSOR", help="one or more compressors")
     p.add_argument("--seeds", type=int, metavar="n", help="runs a method: seed, seed + 1, ...")
     p.add_argument("--name", help="name of the folder")
     p.add_argument("--out", type=Path, metavar="DIR", help="where folders are made (default runs)")
     p.add_argument("--resume", type=Path, metavar="DIR", help="continue this run or comparison")
     p.add_argument("--list", action="store_true", help="print all parts")
     p.add_argument("--quick", action="store_true", help="a small version: a tenth of the rounds")
-    done = {"algo"}
-    for algo in given.get("algo", [Run.algo]):
-        for part in owners(given | {"algo": algo}):
+    done = set(SEVERAL)
+    for pair in pairs_of(given):
+        for part in owners(given | pair):
             group = p.add_argument_group(name_of(part))
             for name, setting in settings_of(part).items():
                 if name not in done:
@@ -365,8 +378,9 @@ def parser(given):
 def read_command(argv):
     """The command line as {name: value}, in two steps: which parts, and then their flags."""
     first = Parser(add_help=False)
-    first.add_argument("--algo", nargs="+")
-    for kind in ("compress", "model", "partition"):
+    for kind in SEVERAL:
+        first.add_argument("--" + kind, nargs="+")
+    for kind in ("model", "partition"):
         first.add_argument("--" + kind)
     which, _ = first.parse_known_args(argv)
     return vars(parser(vars(which)).parse_args(argv))
@@ -375,17 +389,16 @@ def read_command(argv):
 def job_of(given):
     """What a command asks for: (folder, {name: settings} of its runs, is it a comparison?)."""
     if "resume" in given:
-        return resumed(given.pop("resume"), given.pop("algo", []), given)
+        return resumed(given.pop("resume"), given)
     root, name = given.pop("out", Path("runs")), given.pop("name", None)
-    small, algos = given.pop("quick", False), given.pop("algo", [])
-    seeds, folder = given.pop("seeds", 1), None
+    small, seeds, folder = given.pop("quick", False), given.pop("seeds", 1), None
     if not 1 <= seeds <= 1000:
         raise ValueError(f"seeds = {seeds} is out of range; it must be in 1..1000")
-    runs = runs_of(algos or [Run.algo], seeds, given)
+    runs = runs_of(given, seeds)
     if small:
         runs = {label: quick(settings, given) for label, settings in runs.items()}
     several = len(runs) > 1
-    for settings in {own["algo"]: own for own in runs.values()}.values():
+    for settings in {(own["algo"], own["compress"]): own for own in runs.values()}.values():
         compose(settings)  # so that wrong input is found before a folder is made
     if first_rank():
         folder = new_folder(root, name, "comparison" if several else next(iter(runs)))
@@ -394,17 +407,19 @@ def job_of(given):
     return folder, runs, several
 
 
-def resumed(folder, algos, given):
+def resumed(folder, given):
     """What is in a folder: as `job_of`. Only settings of the machine may be new."""
+    named = {kind: given.pop(kind, []) for kind in SEVERAL}
     if not folder.exists():
         raise ValueError(f"there is no folder {folder}")
     for name in {"seeds", "name", "out", "quick"} & set(given):
         raise ValueError(f"--{name} is for new runs; those in {folder} continue as they were begun")
     if (folder / "comparison.json").exists():
-        return folder, stored_runs(folder, algos, given), True
-    if len(algos) > 1:
-        raise ValueError(f"{folder} holds one run, of one method")
-    given |= {"algo": algo for algo in algos}
+        return folder, stored_runs(folder, named, given), True
+    for kind, words in named.items():
+        if len(words) > 1:
+            raise ValueError(f"{folder} holds one run, of one {kind}")
+        given |= {kind: word for word in words}
     return folder, {folder.name: stored_settings(folder, **given)}, False
 
 

@@ -227,6 +227,7 @@ class Overfit(Skew):
         "another client": {"algo": "lab/directions.py:AnotherClient"},
         "random": {"algo": "lab/directions.py:Random", "visit": "threads"},  # vmap refuses both
         "synthetic, not learnt": synthetic | {"outer_steps": 1},
+        "negative": {"algo": "lab/directions.py:Negative"},
     }
     directions |= trials
     judged_by = ("test_loss", -1)

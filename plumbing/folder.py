@@ -296,17 +296,21 @@ def refuse_code(folder, runs, given):
             raise ValueError(f"{folder} uses {own}; to run this code, give {kind} = {own} again")
 
 
-def stored_runs(folder, algos, given):
-    """The runs of the comparison in a folder {name: settings}, as in `stored_settings`."""
+def stored_runs(folder, named, given):
+    """The runs of the comparison in a folder {name: settings}, as in `stored_settings`.
+
+    named: {"algo" or "compress": words of the command}
+    """
     runs = read_json(folder / "comparison.json", sealed=True)
     for label, settings in runs.items():
         if not isinstance(settings, dict) or not is_plain(label):
             raise ValueError(f"{folder}/comparison.json: {label!r} is no run")
-    refuse_code(folder, runs.values(), [*algos, *given.values()])
+    refuse_code(folder, runs.values(), [*sum(named.values(), []), *given.values()])
     runs = {label: continued(settings, given) for label, settings in runs.items()}
-    known = {settings["algo"] for settings in runs.values()}
-    for algo in set(algos) - known:
-        raise ValueError(f"{folder} has no run of {algo}; {closest(algo, sorted(known))}")
+    for kind, words in named.items():
+        known = {settings[kind] for settings in runs.values()}
+        for word in set(words) - known:
+            raise ValueError(f"{folder} has no run of {word}; {closest(word, sorted(known))}")
     return runs
 
 

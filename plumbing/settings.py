@@ -158,8 +158,10 @@ def parts(kind):
 
 def find(kind, name):
     """A part: itself, by its name, as FILE.py:NAME, or two methods combined as NAME+NAME."""
-    if not isinstance(name, str):
+    if callable(name):
         return name
+    if not isinstance(name, str):
+        raise ValueError(f"{kind} = {name!r}: a run has one, a name or a class")
     if kind == "algo" and "+" in name:
         return combined(name)
     path, colon, member = name.rpartition(":")

@@ -60,16 +60,16 @@ def stored_beside(settings, path=HERE / "results" / "default.json"):
     return {x: statistics.fmean(r["test_acc"] for r in rows if r["algo"] == x) for x in algos}
 
 
-def table(results):
-    """Markdown: a line a method, mean ± standard deviation over its seeds."""
+def table(arms):
+    """Markdown: a line for each arm {name: results}, mean ± standard deviation over its seeds."""
     lines = ["| method | " + " | ".join(SHOWN) + " | runs |", "| --- " * (len(SHOWN) + 2) + "|"]
-    for algo in dict.fromkeys(r["algo"] for r in results):
-        runs, cells = [r for r in results if r["algo"] == algo], []
+    for arm, runs in arms.items():
+        cells = []
         for key, factor, digits in SHOWN.values():
             values = [factor * r[key] for r in runs]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(runs) > 1 else ""
             cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
-        lines.append(f"| {algo} | {' | '.join(cells)} | {len(runs)} |")
+        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines)
 
 

@@ -698,21 +698,44 @@ def test_run_comparison_with_one_wrong_method_makes_no_folder(tmp_path, run_tiny
 
 
 def test_run_table_has_means_and_standard_deviations():
-    def result(algo, accuracy):
-        return {key: 1.0 for key, _, _ in terminal.SHOWN.values()} | {
-            "algo": algo,
-            "test_acc": accuracy,
-        }
+    def result(accuracy):
+        return {key: 1.0 for key, _, _ in terminal.SHOWN.values()} | {"test_acc": accuracy}
 
-    table = terminal.table([result("b", 0.1), result("a", 0.5), result("b", 0.2)]).splitlines()
+    table = terminal.table({"b": [result(0.1), result(0.2)], "a": [result(0.5)]}).splitlines()
     assert table[2].startswith("| b | 15.00 ± 7.07 | 1.000 ± 0.000 |") and table[2].endswith(
         "| 2 |"
     )
     assert table[3].startswith("| a | 50.00 | 1.000 |") and len(table) == 4
 
 
+@pytest.mark.parametrize("algo", [["fedavg", "fedsam"], 3, None])
+def test_run_has_one_method(algo):
+    with pytest.raises(ValueError, match="a run has one, a name or a class"):
+        run.experiment(algo=algo)
+
+
+def test_run_compares_compressors_too(tmp_path, run_tiny, capsys):
+    tiny = run_tiny("fedsam", rounds=2)
+    del tiny["algo"]
+    chosen = ["--algo", "fedavg", "fedsam", "--compress", "sign", "topk", "--k", 0.1, "--seeds", 2]
+    code, out, _ = run_main(capsys, *run_words(tiny), *chosen, "--out", tmp_path, "--name", "all")
+    assert code == 0
+    arms = ["fedavg, sign", "fedavg, topk", "fedsam, sign", "fedsam, topk"]
+    lines = [line for line in out.splitlines() if line.endswith("| 2 |")]
+    assert [line.split(" | ")[0] for line in lines] == ["| " + arm for arm in arms]
+    config = json.loads((tmp_path / "all" / "fedsam-topk-s1" / "config.json").read_text())
+    assert config["settings"]["k"] == 0.1 and config["settings"]["compress"] == "topk"
+    code, again, _ = run_main(capsys, "--resume", tmp_path / "all", "--compress", "topk")
+    assert code == 0 and again.splitlines()[2] == out.splitlines()[2]
+    code, _, err = run_main(capsys, "--resume", tmp_path / "all", "--compress", "qsgd")
+    assert code == 2 and "has no run of qsgd; known: sign, topk" in err
+    one = tmp_path / "all" / "fedsam-topk-s1"
+    code, _, err = run_main(capsys, "--resume", one, "--compress", "topk", "sign")
+    assert code == 2 and "holds one run, of one compress" in err
+
+
 def test_run_flags_that_no_run_has_are_refused(capsys):
-    runs = run.runs_of(["fedavg", "fedsam"], 1, {"rho": 0.3, "rounds": 20})
+    runs = run.runs_of({"algo": ["fedavg", "fedsam"], "rho": 0.3, "rounds": 20})
     assert runs["fedsam-s0"]["rho"] == 0.3 and "rho" not in runs["fedavg-s0"]
     code, _, err = run_main(capsys, "--algo", "fedavg", "scaffold", "--rho", 0.3)
     assert code == 2 and "rho is no setting" in err
@@ -913,7 +936,7 @@ def test_run_a_combination_is_called_by_all_its_parts(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from fl import FedAvg\nclass Mine(FedAvg):\n    pass\n")
     algos = [f"{path}:Mine", f"scaffold+{path}:Mine", "fedsam"]
-    assert list(run.runs_of(algos, 1, {})) == ["Mine-s0", "scaffold+Mine-s0", "fedsam-s0"]
+    assert list(run.runs_of({"algo": algos})) == ["Mine-s0", "scaffold+Mine-s0", "fedsam-s0"]
     assert short(f"{path}:Mine+a") == "Mine+a"
 
 
