@@ -1,9 +1,10 @@
-"""Writes results/README.md from the stored rows, and from nothing else.
+"""Writes results/README.md, and a page of numbers for each claim, from the stored rows only.
 
     python -m lab.report
 
-Every number there comes out of a row in results/. Prose stands in lab/notes.md, where a number is
-written as a place in a table and filled in here:
+README.md is what to read: what each claim says, how it came out, figures and prose. results/NAME.md
+has the table of a claim and all of its comparisons. Every number comes out of a row in results/.
+Prose stands in lab/notes.md, where a number is written as a place in a table and filled in here:
 
     {fedsam | accuracy}              mean ± half the 95 % t-interval over the seeds of an arm
     {fedsam - fedavg | test_loss}    paired difference [95 % interval], by seed
@@ -66,29 +67,39 @@ def arm_called(name, table):
 # ------------------------------------------------------------------------------------- the claims
 
 
-def section(claim, part, outcomes, prose):
-    """A claim in Markdown: what it says, its tables, comparisons, figure, and the notes.
+def section(claim, outcomes, prose):
+    """What README.md says of a claim: its words, its verdicts, the figures and the notes.
 
     outcomes: for each task its table, its comparisons and the verdict.
     """
     lines = [f"## {claim.name}", f"{claim.says} ({claim.source})."]
-    how = "Refuted if one of these is significant, and no comparison is as claimed"
-    lines.append(f"{how}: {claim.refuted}.")
-    lines.append(made_by(claim, part))
+    lines.append(f"`{claim.command}`; [its table and all comparisons]({claim.name}.md).")
     for task, (table, found, word) in outcomes.items():
         lines += [f"### {task}"] if task else []
-        lines += [verdicts.arms_text(table, claim.columns)]
         lines.append(f"**{word}.** {counted(found)}")
-        lines.append(verdicts.comparisons_text(found[found.sign != 0]))
-        if (found.sign == 0).any():
-            shown = verdicts.comparisons_text(found[found.sign == 0], judged=False)
-            lines.append(f"<details><summary>Shown, not judged</summary>\n\n{shown}\n\n</details>")
         file = Path(figures.file_name(claim.name, task))
         for suffix in ("", *claim.pictures):
             lines.append(f"![{claim.name}{suffix}]({file.with_stem(file.stem + suffix)})")
         said = prose.get(f"{claim.name} {task}".strip())
         lines += [filled(said, table)] if said else []
     return "\n\n".join(lines)
+
+
+def numbers(claim, part, outcomes):
+    """The page NAME.md of a claim: its tables and all comparisons."""
+    lines = [f"# {claim.name}: the numbers", f"{claim.says} ({claim.source})."]
+    how = "Refuted if one of these is significant, and no comparison is as claimed"
+    lines.append(f"{how}: {claim.refuted}.")
+    lines.append(f"[What it means](README.md#{claim.name}). {made_by(claim, part)}")
+    for task, (table, found, word) in outcomes.items():
+        lines += [f"## {task}"] if task else []
+        lines.append(verdicts.arms_text(table, claim.columns))
+        lines.append(f"**{word}.** {counted(found)}")
+        lines.append(verdicts.comparisons_text(found[found.sign != 0]))
+        if (found.sign == 0).any():
+            shown = verdicts.comparisons_text(found[found.sign == 0], judged=False)
+            lines += ["Shown, not judged:", shown]
+    return "\n\n".join(lines) + "\n"
 
 
 def made_by(claim, part):
@@ -200,18 +211,20 @@ def signs_text(found):
 
 
 def written(results):
-    """The text of results/README.md."""
+    """The pages in results/: {file name: text}."""
     found, prose = {}, notes()
     for name, (claim, part) in claims.stored_claims(results).items():
         tables = claims.tables(claim, part).items()
         found[name] = claim, part, {t: (table, *claims.judged(claim, table)) for t, table in tables}
     if not found:
         raise ValueError(f"{results} holds no rows; python -m lab.claims NAME writes them")
-    parts = [prose["top"], summary(found), prose["how"], signs_text(found), prose["valid"]]
+    pages = {f"{name}.md": numbers(*of) for name, of in found.items()}
+    parts = [prose["top"], summary(found), prose["how"]]
     parts += ["![all arms](overview.png)", "![two landscapes](landscape.png)", prose["landscape"]]
-    parts += [section(*pair, prose) for pair in found.values()]
+    parts += [section(claim, outcomes, prose) for claim, _, outcomes in found.values()]
     if (results / "tuned.json").exists():
-        parts += ["## tuned", prose["tuned"], tune.text(results / "tuned.json")]
+        parts += ["## tuned", prose["tuned"], "[All searches](tuned.md)."]
+        pages["tuned.md"] = f"# What was tuned\n\n{tune.text(results / 'tuned.json')}\n"
     if (results / "mild.json").exists():
         table = mild_table(results)
         parts += ["## mild", verdicts.arms_text(table, MILD), filled(prose["mild"], table)]
@@ -222,7 +235,8 @@ def written(results):
     published = published_text(results)
     if published:
         parts += ["## published", prose["published"], published]
-    return "\n\n".join(parts) + "\n"
+    parts += ["## rows", signs_text(found), prose["rows"]]
+    return pages | {"README.md": "\n\n".join(parts) + "\n"}
 
 
 ASIDES = ("accuracy", "val_accuracy", "test_loss", "eigenvalue", "mb_up", "mb_down")
@@ -255,12 +269,14 @@ def main(argv=None):
     try:
         given = p.parse_args(argv)
         results = given.results
-        text = written(results)
+        pages = written(results)
     except (ValueError, OSError) as error:
         print(f"lab.report: {error}", file=sys.stderr)
         return 2
-    run.write(results / "README.md", text)
-    print(results / "README.md", *(given.draw and draw_all(results) or []), sep="\n")
+    for name, text in pages.items():
+        run.write(results / name, text)
+    paths = [results / name for name in pages] + (draw_all(results) if given.draw else [])
+    print(*paths, sep="\n")
     return 0
 
 

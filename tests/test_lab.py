@@ -961,11 +961,14 @@ def test_a_claim_from_its_command_to_its_files(tmp_path, capsys):
 
 
 def test_the_report_is_that_of_the_stored_rows_and_notes():
-    text = report.written(RESULTS)
-    assert text == (RESULTS / "README.md").read_text(), "run python -m lab.report"
-    for name in STORED:
-        assert f"## {name}\n" in text and f"python -m lab.claims {name} --size " in text
-        assert f"as claimed: {STORED[name][0].refuted}.\n" in text  # today's words
+    pages = report.written(RESULTS)
+    for name, text in pages.items():
+        assert text == (RESULTS / name).read_text(), "run python -m lab.report"
+    assert {path.name for path in RESULTS.glob("*.md")} == set(pages)
+    text = pages["README.md"]
+    for name, (claim, _) in STORED.items():
+        assert f"## {name}\n" in text and f"`python -m lab.claims {name} --size " in text
+        assert f"as claimed: {claim.refuted}.\n" in pages[f"{name}.md"]  # today's words
     assert not re.search(r"\{[^{}]*\|[^{}]*\}", text)  # every place of the notes is filled in
 
 
