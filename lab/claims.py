@@ -8,7 +8,7 @@ and overfit some hours; gpu is the full form. --seeds 1 makes fewer seeds; --onl
 makes only the arms whose labels begin so, and keeps the stored rows of the others; claims of which
 no part can be judged refuse it. The command may be stopped and given again, and given twice at once
 to share the runs (study.py). It writes results/NAME.json and NAME.png and prints the table, all
-comparisons, and the verdict (verdicts.py); `python -m lab.report` writes results/README.md.
+comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pages in results/.
 
     default      the table of the README: every method with settings of its own
     untuned      the same job with lr 0.1, nothing tuned

@@ -90,7 +90,7 @@ def numbers(claim, part, outcomes):
     lines = [f"# {claim.name}: the numbers", f"{claim.says} ({claim.source})."]
     how = "Refuted if one of these is significant, and no comparison is as claimed"
     lines.append(f"{how}: {claim.refuted}.")
-    lines.append(f"[What it means](README.md#{claim.name}). {made_by(claim, part)}")
+    lines += [f"[What came out](README.md#{claim.name}).", made_by(claim, part)]
     for task, (table, found, word) in outcomes.items():
         lines += [f"## {task}"] if task else []
         lines.append(verdicts.arms_text(table, claim.columns))
