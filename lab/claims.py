@@ -17,6 +17,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     remedy       where compression sharpens, does FedSynSAM help?
     alignment    own gradient and last update mis-estimate the global one, synthetic data do not
     learnt       the same, beside images that were never learnt
+    trajectory   why so little is learnt with one bit and one class per client
     accuracy     under compression FedSynSAM generalises better than its rivals
     hyper        FedSynSAM is robust to its settings
     fedsynth     synthetic data are worth their bytes, against random masking
@@ -44,9 +45,10 @@ from lab import figures, onebit, ours, papers, study, tune, verdicts
 from plumbing.settings import HERE
 
 KINDS = (onebit.Default, onebit.Untuned, papers.Sharpness, onebit.Compressed, onebit.Remedy)
-KINDS += (papers.Alignment, ours.Learnt, papers.Accuracy, papers.Hyper, papers.FedSynth)
-KINDS += (papers.GradAlign, papers.Man, ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected)
-KINDS += (ours.Overfit, onebit.Photographs, ours.Cifar, onebit.Descent, onebit.Radius)
+KINDS += (papers.Alignment, ours.Learnt, ours.Trajectory, papers.Accuracy, papers.Hyper)
+KINDS += (papers.FedSynth, papers.GradAlign, papers.Man, ours.Oracle, ours.Skew, onebit.Whose)
+KINDS += (ours.Corrected, ours.Overfit, onebit.Photographs, ours.Cifar, onebit.Descent)
+KINDS += (onebit.Radius,)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

@@ -17,6 +17,8 @@ its Hessian H is taken over all d parameters.
     slice, plane    L(w + a d) and L(w + a d + b e) for random directions d, e    (`line`, `plane`)
     along           cosines of a client's estimates of the gradient of L to that gradient, along
                     its steps of a round                                             (`alignment`)
+    path            the cosine of where the model goes in some rounds to minus the gradient of L on
+                    the way                                                        (`descending`)
     disagreement    half the variance of the clients' gradients (GradAlign's r)
     step            milliseconds of a local step
 
@@ -263,6 +265,20 @@ def synthetic_gradient(apply, w, X, Y):
     return fl.autograd(lambda v: synth.synthetic_loss(apply, v, X, Y), w)
 
 
+def descending(trajectory, gradient, window):
+    """How much of a path goes downhill: a cosine, mean over all pieces of `window` rounds.
+
+    trajectory: models w [d]; gradient: [d] -> [d]. A piece is compared with minus the sum of the
+    gradients at the models that it leaves.
+    """
+    gradients, cosines = [gradient(w) for w in trajectory], []
+    for p in range(len(trajectory) - window):
+        moved = trajectory[p + window] - trajectory[p]
+        downhill = -sum(gradients[p : p + window])
+        cosines.append(float(sam.unit(moved) @ sam.unit(downhill)))
+    return sum(cosines) / len(cosines)
+
+
 def client_gradient(task, w, i):
     """The gradient of client i's loss over all of its images at w [d] -> [d], in float64."""
     total, batches = 0, task.everything(i)
@@ -342,6 +358,14 @@ def measure_along(federation, sample, shares=(0, 0.05, 0.2, 0.5, 1)):
     return {"steps": steps, "along": [alignment(federation, sample, steps=s) for s in steps]}
 
 
+def measure_path(federation, sample):
+    """`descending` on the trajectory of a synthesis; it is kept if there may be another one."""
+    method = federation.method
+    if not method.state.get("trajectory"):
+        raise ValueError("path needs a method that learns images, and resynthesize above 0")
+    return {"cos_path": descending(method.state["trajectory"], sample.gradient, method.window)}
+
+
 def measure_disagreement(federation, sample):
     return {"r": disagreement(federation.task, federation.w, sample.each)}
 
@@ -357,6 +381,7 @@ MEASURES = {
     "slice": measure_slice,
     "plane": measure_plane,
     "along": measure_along,
+    "path": measure_path,
     "disagreement": measure_disagreement,
     "step": measure_step,
 }

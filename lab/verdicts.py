@@ -191,6 +191,7 @@ MEASURES = {  # name: (what it is called, digits)
     "cos_last_uncompressed": ("cosine: last move, uncompressed", 2),
     "cos_synthetic": ("cosine: synthetic", 2),
     "cos_mixed": ("cosine: mixed", 2),
+    "cos_path": ("cosine: path of the model", 2),
     "r": ("r", 2),
     "message": ("bytes a client and round", 0),
     "step_ms": ("a local step, ms", 1),

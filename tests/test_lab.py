@@ -386,6 +386,26 @@ def test_the_move_without_compression_is_that_of_an_uncompressed_round(method):
     assert not torch.allclose(meant, lossy.w - w)
 
 
+def test_a_path_goes_downhill_as_far_as_it_follows_minus_the_gradient():
+    a, w = normal(6, seed=1).abs() + 1, normal(6, seed=2)
+    path = [w]
+    for _ in range(5):  # gradient descent: every piece is minus the sum of its gradients
+        path.append(path[-1] - 0.1 * a * path[-1])
+    assert measures.descending(path, lambda w: a * w, 3) == pytest.approx(1)
+    assert measures.descending(path[::-1], lambda w: a * w, 1) < -0.9  # uphill
+    assert measures.descending(path, lambda w: a * (w - path[-1]), 5) != pytest.approx(1)
+    fed = federation(fl.DynaFed, warmup=3, window=2, resynthesize=9, outer_steps=1, rounds=4)
+    L, models = Toy(fed.task), fed.method.state["trajectory"]
+    found = [  # by hand: two pieces of two rounds
+        F.cosine_similarity(models[p + 2] - models[p], -L.gradient(models[p]) - g, dim=0)
+        for p, g in ((0, L.gradient(models[1])), (1, L.gradient(models[2])))
+    ]
+    assert len(models) == 4 and torch.equal(models[0], fed.task.w0)
+    assert measures.measure_path(fed, L)["cos_path"] == pytest.approx(float(sum(found) / 2))
+    with pytest.raises(ValueError, match="path needs a method that learns images"):
+        measures.measure_path(federation(fl.FedAvg, rounds=1), L)
+
+
 def test_disagreement_is_half_the_variance_of_the_clients_gradients():
     task = Quadratics(
         normal(4, 6, seed=1).abs(), normal(4, 6, seed=2), sizes=[1, 3, 2, 5], noise=0.1
