@@ -51,8 +51,8 @@ def number(arms, measure, table):
     if len(values) == 1:
         return verdicts.pm(verdicts.values(table, values[0]), MEASURES[measure][1])
     mean, low, high = verdicts.interval(verdicts.differences(table, *values))
-    digits = verdicts.finer(measure)
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    digits = verdicts.finer(measure) if abs(mean) < 100 else 0
+    return f"{mean:+,.{digits}f} [{low:+,.{digits}f}, {high:+,.{digits}f}]"
 
 
 def arm_called(name, table):
@@ -120,6 +120,11 @@ def processor(machine):
 
 
 def counted(found):
+    """How many comparisons are judged, and how they came out."""
+    return f"Of {(found.sign != 0).sum()} comparisons: {came_out(found)}."
+
+
+def came_out(found):
     """How the judged comparisons came out, in numbers."""
     judged = found[found.sign != 0]
     counts = [
@@ -128,16 +133,16 @@ def counted(found):
         (judged.outcome == 0).sum(),
     ]
     words = ("as claimed", "the other way", "not significant")
-    several = ", ".join(f"{n} {word}" for n, word in zip(counts, words) if n)
-    return f"Of {len(judged)} comparisons: {several or 'none decided'}."
+    return ", ".join(f"{n} {word}" for n, word in zip(counts, words) if n) or "none decided"
 
 
 def summary(found):
     """All claims in one table, each with a link to its section."""
-    lines = ["| | the claim | verdict |", "| --- | --- | --- |"]
+    lines = ["| | the claim | verdict | comparisons |", "| --- | --- | --- | --- |"]
     for name, (claim, _, outcomes) in found.items():
-        for task, (_, _, word) in outcomes.items():
-            cells = (f"[{name}](#{name}) {task}".strip(), claim.says, f"**{word}**")
+        for task, (_, compared, word) in outcomes.items():
+            name_and_task = f"[{name}](#{name}) {task}".strip()
+            cells = (name_and_task, claim.says, f"**{word}**", came_out(compared))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

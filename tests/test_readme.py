@@ -188,12 +188,12 @@ DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("lr 0.1", "fedsynsam - fedavg", "accuracy"),
     ("untuned", "fedsynsam-d - feddyn", "accuracy"),
     ("whose", "FedAvg, synthetic - FedAvg, synthetic, not learnt", "accuracy"),
-    ("learnt", "one class, 1 bit, learnt - one class, 1 bit, not learnt", "cos_synthetic"),
     ("learnt", f"{TWO_BITS}, learnt - {TWO_BITS}, not learnt", "cos_synthetic"),
+    ("learnt", "one class, 1 bit, learnt - one class, 1 bit, not learnt", "cos_synthetic"),
     ("default", "fedsynsam - fedsam", "accuracy"),
     ("default", "oracle - fedsynsam", "accuracy"),
-    ("default", "fedsynsam-d - fedspeed", "accuracy"),
     ("default", "oracle+feddyn - fedsynsam-d", "accuracy"),
+    ("default", "fedsynsam-d - fedspeed", "accuracy"),
     ("default", "dynafed - fedavg", "accuracy"),
     ("descent", "fedsynsam-descent - fedsynsam", "accuracy"),
     ("default", "fedsynsam - fedavg", "mean_model"),
@@ -241,6 +241,9 @@ def test_other_numbers_in_the_text_are_those_of_the_stored_rows():
     times = main.eigenvalue[["fedavg", "feddyn"]].array / main.eigenvalue[two_bits].array
     assert "{:.0f} times as large (FedAvg), {:.0f} times".format(*times) in text
     assert "have {:.1f} and {:.1f} % (`untuned`)".format(*untuned.accuracy[two_bits]) in text
+    (table,) = claims.tables(*stored["trajectory"]).values()
+    path = table.groupby("arm").cos_path.mean()[["one class, 1 bit", TWO_BITS]]
+    assert "cosine {:.2f} in place of {:.2f} (`trajectory`".format(*path) in text
 
 
 def test_the_rank_correlations_in_the_text_are_those_of_the_stored_rows():
