@@ -47,17 +47,9 @@ from fl import SCAFFOLD, DynaFed, FedAvg, FedLESAM, FedSAM, FedSynSAM
 from tests import toys
 from tests.check_compressor import check_compressor
 from tests.check_method import check_method
+from tests.toys import f64, seeded, symmetric
+from tests.toys import normal as randn
 from vision import data, models, task
-
-f64 = torch.float64
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=f64)
 
 
 def through(compressor, x, seed=0):
@@ -526,12 +518,6 @@ def test_sam_hessian_of_a_sum_is_that_of_its_parts():
     times = sam.hessian(losses, w)
     assert torch.allclose(times(v), H @ v, rtol=1e-10)
     assert torch.allclose(times(w), H @ w, rtol=1e-10)  # it can be used again
-
-
-def symmetric(values, seed=0):
-    """A dense symmetric matrix with these eigenvalues."""
-    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed))
-    return q @ torch.diag(torch.as_tensor(values, dtype=f64)) @ q.T
 
 
 @pytest.mark.parametrize(

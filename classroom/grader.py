@@ -121,7 +121,8 @@ def child(folder):
     def tell(**event):
         print(job["token"], json.dumps(event), file=pipe, flush=True)
 
-    theorems = load_theorems()
+    from classroom import theorems  # before the student's code
+
     before = fingerprint(theorems)
     with contextlib.suppress(jail.Unavailable):
         jail.lock(folder)
@@ -136,13 +137,6 @@ def child(folder):
         tell(tampered=tampered(theorems, before))
     pipe.flush()
     os._exit(0)  # nothing that the student left behind runs at the exit
-
-
-def load_theorems():
-    """The theorems, imported before the student's code."""
-    from classroom import theorems
-
-    return theorems
 
 
 def student_module(tell):
@@ -167,7 +161,7 @@ def tampered(theorems, before):
     after = fingerprint(theorems)
     changed = [n for n, (x, code) in before.items() if after.get(n, (None, None))[0] is not x]
     changed += [n for n, (x, code) in before.items() if getattr(x, "__code__", None) is not code]
-    zero = torch_zero()
+    zero = theorems.torch.zeros((), dtype=theorems.f64)
     nonsense = SimpleNamespace(
         perturb=lambda w, direction, rho: w,
         mean_square=lambda a: a.new_zeros(len(a)),
@@ -178,12 +172,6 @@ def tampered(theorems, before):
     passed = [name for name in names if passes(getattr(theorems, f"test_{name}"), nonsense)]
     passed += ["near"] if passes(lambda _: theorems.near(1.0, 2.0, 0.1, ""), None) else []
     return changed + passed
-
-
-def torch_zero():
-    import torch
-
-    return torch.zeros((), dtype=torch.float64)
 
 
 def passes(theorem, module):

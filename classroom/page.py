@@ -16,7 +16,6 @@ import html
 import re
 import sys
 import textwrap
-from pathlib import Path
 
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
@@ -25,8 +24,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from classroom.equations import EQUATIONS, SYMBOLS
+from classroom.handout import ROOT, first_line
 
-ROOT = Path(__file__).parents[1]
 CHAPTERS = ["compress.py", "sam.py", "synth.py", "fl.py", "run.py"]
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
 
@@ -164,13 +163,9 @@ class Source:
         """Lines first to last, counted from 1."""
         return "\n".join(self.lines[first - 1 : last])
 
-    def first(self, node):
-        """The line where a definition begins, decorators included."""
-        return min([node.lineno, *(d.lineno for d in node.decorator_list)])
-
     def without_doc(self, node, last):
         """A definition up to a line, without its docstring."""
-        first = self.first(node)
+        first = first_line(node)
         if not ast.get_docstring(node):
             return self.piece(first, last)
         doc = node.body[0]

@@ -86,27 +86,13 @@ def keep(claim, rows):
         before = claim.stored()["machines"] if kept else []
         of_kept = [before[row["machine"]] if "machine" in row else None for row in kept]
         found = [row.get("machine") for row in rows] + of_kept  # older rows do not say it
-        part["machines"] = unique(machine for machine in found + before if machine)
-        part["rows"] = in_order(claim, numbered(rows + kept, found, part["machines"]))
+        seen = [machine for machine in found + before if machine]
+        part["machines"] = [m for n, m in enumerate(seen) if m not in seen[:n]]
+        places = [{"machine": part["machines"].index(m)} if m else {} for m in found]
+        rows = [row | place for row, place in zip(rows + kept, places)]
+        part["rows"] = in_order(claim, rows)
         study.store(path, claim.size, part)
     return part
-
-
-def unique(things):
-    """Each once, in order."""
-    seen = []
-    for thing in things:
-        if thing not in seen:
-            seen.append(thing)
-    return seen
-
-
-def numbered(rows, found, machines):
-    """The rows, each with the place of its machine, if that is known."""
-    return [
-        row | ({"machine": machines.index(machine)} if machine else {})
-        for row, machine in zip(rows, found)
-    ]
 
 
 def in_order(claim, rows):

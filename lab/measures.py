@@ -15,8 +15,6 @@ its Hessian H is taken over all d parameters.
     sam             S_rho = max_{||e|| <= rho} L(w + e) - L(w): what SAM makes small; at a minimum
                     it is rho^2 / 2 times the largest eigenvalue + O(rho^3)      (`sam_sharpness`)
     slice, plane    L(w + a d) and L(w + a d + b e) for random directions d, e    (`line`, `plane`)
-    along           cosines of a client's estimates of the gradient of L to that gradient, along
-                    its steps of a round                                             (`alignment`)
     path            the cosine of where the model goes in some rounds to minus the gradient of L on
                     the way                                                        (`descending`)
     disagreement    half the variance of the clients' gradients (GradAlign's r)
@@ -350,14 +348,6 @@ def measure_plane(federation, sample, points=11, span=1.0):
     return {"plane_at": at, "plane": losses}
 
 
-def measure_along(federation, sample, shares=(0, 0.05, 0.2, 0.5, 1)):
-    """Cosines after some of the local steps, which are given as shares of all but the last."""
-    clients = federation.choose()
-    last = min(federation.task.steps(i) for i in clients) - 1
-    steps = sorted({round(last * part) for part in shares})
-    return {"steps": steps, "along": [alignment(federation, sample, steps=s) for s in steps]}
-
-
 def measure_path(federation, sample):
     """`descending` on the trajectory of a synthesis; it is kept if there may be another one."""
     method = federation.method
@@ -380,7 +370,6 @@ MEASURES = {
     "sam": measure_sam,
     "slice": measure_slice,
     "plane": measure_plane,
-    "along": measure_along,
     "path": measure_path,
     "disagreement": measure_disagreement,
     "step": measure_step,

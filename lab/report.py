@@ -127,11 +127,7 @@ def counted(found):
 def came_out(found):
     """How the judged comparisons came out, in numbers."""
     judged = found[found.sign != 0]
-    counts = [
-        (judged.outcome == 1).sum(),
-        (judged.outcome == -1).sum(),
-        (judged.outcome == 0).sum(),
-    ]
+    counts = [(judged.outcome == sign).sum() for sign in (1, -1, 0)]
     words = ("as claimed", "the other way", "not significant")
     return ", ".join(f"{n} {word}" for n, word in zip(counts, words) if n) or "none decided"
 

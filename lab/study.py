@@ -133,7 +133,7 @@ def train(root, settings, watch=None):
     """
     resolved = run.resolve(**settings)
     folder = Path(root) / name_of(resolved, watch)
-    with alone(folder):
+    with locked(folder, wait=False):
         lost = folder / "diverged"
         if lost.exists():
             raise FloatingPointError(lost.read_text())
@@ -152,23 +152,14 @@ class Busy(Exception):
 
 
 @contextlib.contextmanager
-def alone(folder):
-    """This process works in the folder, and no other one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Busy(f"{folder} is in use by another process") from None
-        yield
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Wait until no other process writes the file at this path, and keep them waiting."""
+def locked(path, wait=True):
+    """No other process works at this path: wait until that is so, or raise Busy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            raise Busy(f"{path} is in use by another process") from None
         yield
 
 
@@ -222,7 +213,7 @@ def row_of(claim, root, task, arm, settings):
         folder, result, log = train(root, settings, claim.watch(task))
     except FloatingPointError as error:
         return row | {"diverged": str(error)}
-    with alone(folder):
+    with locked(folder, wait=False):
         found = measures.measure(folder, claim.measures(settings["seed"]), algo=settings["algo"])
     seen = measures.watched(folder)
     log = [line | seen.get(line["round"], {}) for line in log]

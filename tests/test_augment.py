@@ -11,17 +11,9 @@ import math
 import pytest
 import torch
 
+from tests.toys import f64, seeded
+from tests.toys import normal as randn
 from vision import augment
-
-f64 = torch.float64
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=f64)
 
 
 def high(*shape):

@@ -414,10 +414,6 @@ def test_the_loops_of_the_text_are_those_of_the_theorems():
         assert inspect.getsource(loop) in TEXT, loop.__name__
 
 
-def sections():
-    return {part.split("`")[1]: part for part in TEXT.split("\n## ")[1:]}
-
-
 def test_the_text_has_a_section_for_every_exercise_with_all_its_parts():
     numbered = re.findall(r"^## (\d+)\. ", TEXT, re.M)
     assert numbered == [str(n) for n in range(1, 14)]

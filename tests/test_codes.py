@@ -15,21 +15,14 @@ from codes.elias import QSGD_Elias, Reader, decode_integers, encode_integers
 from codes.natural import Natural
 from compress import QSGD, Identity, RandK, Sign, TopK, pack, seal, to_bytes, with_feedback
 from tests.check_compressor import check_compressor
+from tests.toys import f64, seeded
+from tests.toys import normal as randn
 
-f64 = torch.float64
 ALL = [
     *(QSGD_Elias(), QSGD_Elias(7, "max", 16), QSGD_Elias(100, "l2", 16), QSGD_Elias(300, "l2", 0)),
     *(QSGD_Elias(1, "l2", 0, f64), Dithering(0.5), Dithering(0.01), Dithering(0.5, False)),
     *(Dithering(0.05, False), Dithering(0.1, True, f64), Natural()),
 ]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=f64)
 
 
 def through(compressor, x, seed=0):

@@ -25,6 +25,7 @@ import synth
 from plumbing import terminal
 from plumbing.folder import CHECKPOINT
 from plumbing.settings import HERE, Setting, parts, short
+from tests.check_method import same
 from vision import data
 
 f64 = torch.float64
@@ -92,16 +93,6 @@ def run_state(folder):
         (folder / "log.jsonl").read_bytes(),
         result | {"seconds": 0, "checksum": 0},
     )
-
-
-def run_same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(run_same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(run_same, a, b))
-    return a == b
 
 
 # Settings.
@@ -413,7 +404,7 @@ def test_run_seed_moves_everything_that_is_drawn(run_tiny):
         for how in ({"seed": 0}, {"seed": 1}, {"seed": 1, "algo": "scaffold"})
     )
     assert not torch.equal(a.task.w0, b.task.w0) and torch.equal(b.task.w0, c.task.w0)
-    assert not run_same(a.task.parts, b.task.parts) and run_same(b.task.parts, c.task.parts)
+    assert not same(a.task.parts, b.task.parts) and same(b.task.parts, c.task.parts)
     assert (a.method.seed, c.method.seed) == (0, 1)
 
 
@@ -502,7 +493,7 @@ def test_run_killed_anywhere_resumes_to_the_same_bits(tmp_path, run_tiny):
     run_until_killed(run, "result_of", 1, cut, settings)
     run_until_killed(os, "replace", 1, cut, settings, lambda a, b: b.name == "result.json")
     run.experiment(cut, **settings)
-    assert run_same(run_state(cut), run_state(whole))
+    assert same(run_state(cut), run_state(whole))
 
 
 RUN_KILLER = """
@@ -526,7 +517,7 @@ def test_run_killed_by_the_system_resumes_to_the_same_bits(tmp_path, run_tiny, c
     assert subprocess.run(code, cwd=HERE, capture_output=True).returncode == -signal.SIGKILL
     assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 3
     assert run_main(capsys, "--resume", tmp_path / "cut", "--threads", 1)[0] == 0
-    assert run_same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
+    assert same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
 
 
 def test_run_damage_of_a_checkpoint_is_found(tmp_path, run_tiny):
@@ -549,8 +540,8 @@ def test_run_damage_of_a_checkpoint_is_found(tmp_path, run_tiny):
             run.restore(folder, federation, digest)
             fate.append("same")
             for name in CHECKPOINT:
-                assert run_same(getattr(federation, name), getattr(before, name)), place
-            assert run_same(federation.method.state, before.method.state), place
+                assert same(getattr(federation, name), getattr(before, name)), place
+            assert same(federation.method.state, before.method.state), place
         except ValueError as error:
             assert "checkpoint.pt" in str(error)
             fate.append("refused")

@@ -20,19 +20,12 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
+from tests.toys import f64, seeded
+from tests.toys import normal as randn
 from vision import data, make_subset, models, plots, split, task
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-f64 = torch.float64
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=f64)
 
 
 # ---- data
@@ -284,11 +277,6 @@ def test_moved_is_the_slow_loop():
 
 
 # ---- split
-
-
-def settings_of(name):
-    """Settings for tests with few images."""
-    return {"dirichlet-class": {"min_size": 1}, "shards": {"classes_per_client": 1}}.get(name, {})
 
 
 @pytest.mark.parametrize("name", split.SPLITS)
@@ -801,13 +789,3 @@ def test_synthetic_images_are_denormalised_and_their_labels_read():
     shares = torch.tensor([0.2, 0.8])
     assert plots.learnt_label(shares, 1, ["a", "b"]) == ("80 %", "black")
     assert plots.learnt_label(shares, 0, ["a", "b"]) == ("b 80 %", plots.COLOURS[0])
-
-
-def test_starting_a_run_imports_neither_matplotlib_nor_torchvision():
-    code = """if True:
-        import sys
-        from vision import data, make_subset, models, plots, split, task
-        data.load("bundled")
-        assert not {"matplotlib", "torchvision"} & set(sys.modules)
-    """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

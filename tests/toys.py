@@ -18,9 +18,20 @@ from torch.nn import functional as F
 f64 = torch.float64
 
 
+def seeded(seed=0):
+    """A random generator."""
+    return torch.Generator().manual_seed(seed)
+
+
 def normal(*shape, seed=0):
     """Normal random numbers in float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=f64)
+    return torch.randn(*shape, generator=seeded(seed), dtype=f64)
+
+
+def symmetric(values, seed=0):
+    """A dense symmetric matrix with these eigenvalues."""
+    q, _ = torch.linalg.qr(normal(len(values), len(values), seed=seed))
+    return q @ torch.diag(torch.as_tensor(values, dtype=f64)) @ q.T
 
 
 def in_batches(rows, B):
