@@ -11,7 +11,7 @@ import re
 
 import pandas as pd
 
-from lab import study
+from lab import study, tune
 from lab.verdicts import Rule, Value
 from plumbing.settings import HERE
 
@@ -57,18 +57,21 @@ class Claim:
         """Before the runs: ValueError if something is missing, or stored rows would be lost."""
         if self.only.pattern and not self.divisible:
             raise ValueError(f"{self.name} is judged as a whole, so it takes no --only")
-        coming = {(arm, s["seed"]) for _, arm, s in study.jobs(self)}
+        coming = [(arm, s["seed"]) for _, arm, s in study.jobs(self)]
         rows = [study.plain(row) for row in self.stored().get("rows", ())]
         before = {(row["arm"], row["seed"]) for row in rows}
-        arms = list(dict.fromkeys(arm for arm, _ in coming | before))
+        arms = list(dict.fromkeys(arm for arm, _ in [*coming, *before]))
         if coming and self.divisible and not self.comparisons(pd.DataFrame({"arm": arms})):
             raise ValueError(f"--only {self.only.pattern!r} leaves nothing to compare")
-        lost = {(arm, seed) for arm, seed in before - coming if self.only.match(arm)}
+        lost = {(arm, seed) for arm, seed in before - {*coming} if self.only.match(arm)}
         if lost:
             raise ValueError(
                 f"{self.results / self.name}.json holds {len(lost)} rows that these runs would not "
                 f"replace, such as {min(lost)}; keep them with --results and another folder"
             )
+        for arm, _ in coming:
+            if self.size == "cpu" and self.place(arm) and not self.winner(arm):
+                raise ValueError(f"{arm} is not tuned; python -m lab.claims {self.name} --tune")
 
     def stored(self):
         """What results/NAME.json holds of this size: rows, machines and more; {} if nothing."""
@@ -91,6 +94,15 @@ class Claim:
     def seeds_of(self, arm):
         """How many seeds an arm has."""
         return self.seeds
+
+    def place(self, arm):
+        """The search in tuned.json whose settings an arm takes: (task, method), or None."""
+        return None
+
+    def winner(self, arm):
+        """What this search found, as settings; {} if there was none."""
+        place = self.place(arm)
+        return tune.winner(self.results / "tuned.json", self.size, *place) if place else {}
 
     def searches(self):
         """What --tune finds: {(name in tuned.json, arm): (settings, grid, number of seeds)}."""

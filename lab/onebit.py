@@ -291,15 +291,6 @@ class Whose(Claim):
     def seeds_of(self, arm):
         return self.seeds if arm.split(", ", 1)[1] in self.often else min(self.seeds, 3)
 
-    def check(self):
-        super().check()
-        for base in self.bases:
-            for direction in self.directions:
-                arm, found = f"{base}, {direction}", self.winner(base, direction)
-                if self.size == "cpu" and self.only.match(arm) and not found:
-                    how = f"python -m lab.claims {self.name} --tune"
-                    raise ValueError(f"{arm} is not tuned; {how}")
-
     def settings(self, base, direction):
         """All settings of an arm but the tuned ones."""
         algo = self.directions[direction][self.bases.index(base)]
@@ -307,23 +298,18 @@ class Whose(Claim):
         own = {"algo": algo, "compress": "sign"} | self.rates[base] | peeks
         return own | self.changes.get(direction, {})
 
-    def place(self, base, direction):
-        """Where its search is found in tuned.json: (task, method)."""
+    def place(self, arm):
+        base, direction = arm.split(", ", 1)
         direction = self.like.get(direction, direction)
         if direction == "none" or (base == "FedAvg" and direction in self.published):
-            return Default.place, self.settings(base, direction)["algo"]
+            return Default.searched, self.settings(base, direction)["algo"]
         return base, direction
-
-    def winner(self, base, direction):
-        """What the search found, as settings; {} if there was none."""
-        place = self.place(base, direction)
-        return tune.winner(self.results / "tuned.json", self.size, *place) or {}
 
     def searches(self):
         (common,), found = self.tasks().values(), {}
         for base in self.bases:
             for direction in self.directions:
-                if self.place(base, direction) == (base, direction):
+                if self.place(f"{base}, {direction}") == (base, direction):
                     own = study.fitting(common, self.settings(base, direction))
                     found[base, direction] = own, self.grids[base], self.tuning_seeds
         return found
@@ -332,9 +318,10 @@ class Whose(Claim):
         found = {}
         for base in self.bases:
             for direction in self.directions:
-                own = self.settings(base, direction) | self.winner(base, direction)
+                arm = f"{base}, {direction}"
+                own = self.settings(base, direction) | self.winner(arm)
                 if own not in found.values():  # rho 0.1 may be what the search found
-                    found[f"{base}, {direction}"] = own
+                    found[arm] = own
         return found
 
     def measures(self, seed):
@@ -406,20 +393,14 @@ class Radius(Claim):
     repeats, first_seed, divisible, sizes = 5, 30, True, ("quick", "cpu")
     families = Untuned.families[:1]
     none, own, synthetic, true = families[0]
-    place, tuning_seeds = "one bit", 5  # the name of the searches in tuned.json
+    searched, tuning_seeds = "one bit", 5  # the name of the searches in tuned.json
     grids = dict.fromkeys((own, synthetic, true), {"rho": (0.03, 0.1, 0.3)})
 
     tasks, watch = Untuned.tasks, Skew.watch
 
-    def check(self):
-        super().check()
-        missing = [a for a in self.grids if self.only.match(a) and not self.winner(a)]
-        if missing and self.size == "cpu":
-            raise ValueError(f"{missing[0]} is not tuned; python -m lab.claims {self.name} --tune")
-
-    def winner(self, algo):
-        """What the search found, as settings; {} if there was none."""
-        return tune.winner(self.results / "tuned.json", self.size, self.place, algo) or {}
+    def place(self, arm):
+        algo = arm.split(", ")[0]
+        return (self.searched, algo) if algo in self.grids else None
 
     def plain_arms(self):
         """The arms before the search."""
@@ -427,13 +408,12 @@ class Radius(Claim):
         return {algo: found[algo] for algo in self.families[0]}
 
     def arms(self, task):
-        arms = self.plain_arms()
-        return {arm: settings | self.winner(settings["algo"]) for arm, settings in arms.items()}
+        return {arm: own | self.winner(arm) for arm, own in self.plain_arms().items()}
 
     def searches(self):
         (common,), arms = self.tasks().values(), self.plain_arms()
         return {
-            (self.place, algo): (study.fitting(common, arms[algo]), grid, self.tuning_seeds)
+            (self.searched, algo): (study.fitting(common, arms[algo]), grid, self.tuning_seeds)
             for algo, grid in self.grids.items()
         }
 
@@ -463,7 +443,7 @@ class Default(Radius):
 
     says, refuted, rules = Untuned.says, Untuned.refuted, Untuned.rules
     pictures, first_seed = Untuned.pictures, 40
-    place, tuning_seeds = "default", 3
+    searched, tuning_seeds = "default", 3
     families = Untuned.families
     rates = {"lr": (0.2, 0.4, 0.8)}
     grids = {"fedavg": rates | tune.SERVER}

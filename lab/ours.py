@@ -97,20 +97,10 @@ class Skew(Claim):
     def seeds_of(self, arm):
         return self.seeds if arm.startswith(self.hard) else min(self.seeds, 3)
 
-    def check(self):
-        super().check()
-        for _, arm, _ in study.jobs(self):
-            split, name = arm.split(", ", 1)
-            searched = self.tuned.get(split, split) in self.tuned_on
-            if self.size == "cpu" and searched and not self.winner(split, name):
-                raise ValueError(f"{arm} is not tuned; python -m lab.claims {self.name} --tune")
-
-    def winner(self, split, name):
-        """The tuned settings of an arm, or None."""
+    def place(self, arm):
+        split, name = arm.split(", ", 1)
         split = self.tuned.get(split, split)
-        if split not in self.tuned_on:  # tuned for another claim, perhaps
-            return None
-        return tune.winner(self.results / "tuned.json", self.size, split, name)
+        return (split, name) if split in self.tuned_on else None
 
     def settings(self, split, name):
         """All settings of an arm but the tuned ones."""
@@ -134,9 +124,8 @@ class Skew(Claim):
         found = {}
         for split in self.splits:
             for name in self.directions:
-                own, chosen = self.settings(split, name), self.winner(split, name)
-                chosen = chosen or study.fitting(self.alike, own)
-                found[f"{split}, {name}"] = own | chosen
+                arm, own = f"{split}, {name}", self.settings(split, name)
+                found[arm] = own | (self.winner(arm) or study.fitting(self.alike, own))
         return found
 
     def watch(self, task):

@@ -193,11 +193,11 @@ def enter(path, entry):
 
 
 def winner(path, size, task, algo):
-    """The tuned settings of a method, or None if it was not tuned for this size and task."""
+    """The tuned settings of a method; {} if it was not tuned for this size and task."""
     for e in entries(path):
         if (e["size"], e["world"], e["method"]) == (size, task, algo):
             return e["settings"]
-    return None
+    return {}
 
 
 def words(chosen):
