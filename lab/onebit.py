@@ -93,9 +93,6 @@ class Remedy(Compressed):
     }
     judged = (("fedavg", "eigenvalue", -1), ("fedavg", "accuracy", 1), ("fedsam", "accuracy", 1))
 
-    def tasks(self):
-        return study.TASKS["quick" if self.size == "quick" else "cpu"]
-
     def arms(self, task):
         sharp = {"1 bit, feedback", "top 1 %"}
         uplinks = {name: own for name, own in super().arms(task).items() if name in sharp}

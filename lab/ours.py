@@ -117,9 +117,6 @@ class Skew(Claim):
                 found[split, name] = shared, tune.GRID.get(shared["algo"], tune.RADII), seeds
         return found
 
-    def tasks(self):
-        return study.TASKS["quick" if self.size == "quick" else "cpu"]
-
     def arms(self, task):
         found = {}
         for split in self.splits:
@@ -243,6 +240,9 @@ class Cifar(Overfit):
     named = ("fedavg", "own (FedSAM)", "synthetic (FedSynSAM)", "true (oracle)")
     directions = {name: Overfit.directions[name] for name in (*named, "another batch", "debiased")}
 
+    def tasks(self):
+        return study.TASKS["quick" if self.size == "quick" else "cpu"]
+
     def settings(self, split, name):
         own = super().settings(split, name)
         return own if self.size == "quick" else own | {"dataset": "cifar10", "rounds": 400}
@@ -322,9 +322,6 @@ class Learnt(Claim):
         "not learnt": {"outer_steps": 1},
         "10 rounds ahead": {"window": 10, "average_targets": False},
     }
-
-    def tasks(self):
-        return study.TASKS["quick" if self.size == "quick" else "cpu"]
 
     def arms(self, task):
         found = {}
