@@ -1039,15 +1039,23 @@ def test_two_stored_models_side_by_side(whole, tmp_path, capsys):
 
 
 def test_the_notes_say_how_the_search_at_one_class_went():
-    (found,) = [
-        e
-        for e in tune.entries(RESULTS / "tuned.json")
-        if (e["world"], e["method"]) == ("one class", "fedavg")
-    ]
-    rates = {s["lr"]: x for _, s, x in found["tried"] if s["server_lr"] == 1.0}
-    assert [round(100 * rates[lr]) for lr in (0.05, 0.1, 0.2, 0.4, 0.8)] == [50, 51, 45, 52, 42]
-    assert "FedAvg had 50, 51, 45, 52 and 42 %" in report.NOTES.read_text()
-    assert found["settings"]["lr"] == 0.4 and len(found["seeds"]) == 2
+    entries = tune.entries(RESULTS / "tuned.json")
+    found = {e["method"]: e for e in entries if e["world"] == "one class"}
+    assert set(found) == set(ours.Skew.directions)
+    assert all(len(e["seeds"]) == ours.Skew.tuned_on["one class"] for e in found.values())
+
+    def percent(name):
+        """By radius, with lr 0.1, which won."""
+        assert found[name]["settings"]["lr"] == 0.1
+        tried = {s["rho"]: x for _, s, x in found[name]["tried"] if s["lr"] == 0.1}
+        return [f"{100 * tried[rho]:.1f}" for rho in sorted(tried)]
+
+    said = report.notes()["skew"].split("What the search did")[1]
+    numbers = re.findall(r"\d\d\.\d", said)
+    fedavg = [f"{100 * found['fedavg']['val_acc']:.1f}"]
+    own, synthetic = percent("own (FedSAM)"), percent("synthetic (FedSynSAM)")
+    assert numbers == [*own, *fedavg, *synthetic]
+    assert found["own (FedSAM)"]["settings"]["rho"] == 0.3
 
 
 def test_tuning_searches_one_setting_after_the_other():
