@@ -199,6 +199,9 @@ DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("cifar", "Dir 0.1, own - Dir 0.1, fedavg", "test_loss"),
     ("cifar", "Dir 0.1, debiased - Dir 0.1, fedavg", "test_loss"),
     ("cifar", "Dir 0.1, true - Dir 0.1, fedavg", "test_loss"),
+    ("whose", "FedDyn, own, as true - FedDyn, none", "accuracy"),
+    ("whose", "FedDyn, true - FedDyn, none", "accuracy"),
+    ("whose", "FedDyn, own - FedDyn, none", "accuracy"),
     ("accuracy", "fedgamma - fedsynsam", "accuracy"),
 ]
 
