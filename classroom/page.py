@@ -184,7 +184,7 @@ def row(anchor, title, text, source, anchors, member=False):
 def class_rows(source, node, anchors):
     """A class: first what it declares, then a row for each method."""
     methods, anchor = definitions(node), f"{source.name}.{node.name}"
-    last = source.first(methods[0]) - 1 if methods else node.end_lineno
+    last = first_line(methods[0]) - 1 if methods else node.end_lineno
     doc = ast.get_docstring(node) or ""
     rows = [row(anchor, f"class {node.name}", doc, source.without_doc(node, last), anchors)]
     for method in methods:
@@ -203,7 +203,7 @@ def chapter(file, anchors):
     rows += [prose(rest, anchors, source.name), equations_of(source.name), "</div>"]
     end = source.tree.body[0].end_lineno
     for node in definitions(source.tree):
-        rows.append(between(source.piece(end + 1, source.first(node) - 1), anchors))
+        rows.append(between(source.piece(end + 1, first_line(node) - 1), anchors))
         end = node.end_lineno
         if isinstance(node, ast.ClassDef):
             rows += class_rows(source, node, anchors)

@@ -43,7 +43,8 @@ from codes.dithering import Dithering
 from plumbing.folder import machine, write
 from plumbing.settings import HERE, closest, parts
 from scale import faults, visits
-from tests.test_run import RUN_ONCE, run_same, run_settings, run_state, run_words, run_write_images
+from tests import check_method
+from tests.test_run import RUN_ONCE, run_settings, run_state, run_words, run_write_images
 
 COUNTS = {"kills": 100, "buffers": 10**6, "files": 500, "options": 10**6, "data": 10**6}
 SMALL = {"kills": 4, "buffers": 2000, "files": 12, "options": 25, "data": 8}
@@ -136,7 +137,7 @@ def kills(numbers, draws, place, images):
             if cut_off(tally, draws, place, cut, settings, ranks, draws.uniform(0, seconds)):
                 break
         code = finish(train(place, cut, settings))
-        same = code == 0 and run_same(run_state(cut), run_state(whole))
+        same = code == 0 and check_method.same(run_state(cut), run_state(whole))
         tally.check(same, f"{algo} of seed {life} ended with {code} and other numbers")
         tally.counts["runs"] += 1
         life += 1
@@ -268,7 +269,7 @@ def files(numbers, draws, place, images):
             tally.check(fine and ("| fedsynsam |" in out or not child), story)
         else:
             as_before = out.replace(str(folder), str(both)) == table
-            same = as_before if source == both else run_same(run_state(folder), state)
+            same = as_before if source == both else check_method.same(run_state(folder), state)
             tally.check(same, story)
         tally.counts["files"] += 1
         tally.counts["files, the same result" if code == 0 else "files refused"] += 1
@@ -477,7 +478,7 @@ def clients(numbers, draws, place, images, rounds=100):
                 tally.counts["clients left out"] += left_out
             test = sets.test._replace(x=sets.test.x[:1000], y=sets.test.y[:1000])
             found.append(run.task.evaluate(federation.task.apply, federation.w, test)[1])
-        same = run_same(federations[Misbehaving].w, federations[Absent].w)
+        same = check_method.same(federations[Misbehaving].w, federations[Absent].w)
         tally.check(same, "rounds without those that misbehave end with other bits")
         tally.counts["rounds"] += rounds
     means = {kind.__name__: statistics.fmean(found) for kind, found in accuracy.items()}

@@ -23,7 +23,6 @@ from tests.stress import Absent, Misbehaving
 from tests.test_run import (
     run_images,
     run_main,
-    run_same,
     run_settings,
     run_state,
     run_tiny,
@@ -230,7 +229,7 @@ def test_stress_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert f"--resume {tmp_path / 'cut'}" in err
     assert {path.name for path in (tmp_path / "cut").iterdir()} == {"config.json", "log.jsonl"}
     assert run_main(capsys, "--resume", tmp_path / "cut")[0] == 0
-    assert run_same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
+    assert check_method.same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
 
 
 def test_stress_a_folder_that_is_gone_cannot_be_continued(tmp_path, run_tiny, capsys, monkeypatch):
@@ -332,15 +331,17 @@ def test_stress_tolerance_changes_nothing_if_all_behave():
     for M in (fl.SCAFFOLD, fl.FedSynSAM, find("algo", "fedga"), find("algo", "labelcal")):
         plain = check_method.end(check_method.run(check_method.federation(M), 6))
         tolerant = rounds_of(faults.Tolerant, M)
-        assert run_same(check_method.end(tolerant), plain) and tolerant.left_out == {}
+        assert check_method.same(check_method.end(tolerant), plain) and tolerant.left_out == {}
 
 
 @pytest.mark.parametrize("algo", ["scaffold", "fedsynsam-d", "fedga", "fedsmoo", "fedlesam"])
 def test_stress_clients_that_misbehave_are_as_if_they_were_not_there(algo):
     M = find("algo", algo)
     with_them, without = rounds_of(Misbehaving, M, 12), rounds_of(Absent, M, 12)
-    assert torch.equal(with_them.w, without.w) and run_same(with_them.memory, without.memory)
-    assert run_same(with_them.method.state, without.method.state)
+    assert torch.equal(with_them.w, without.w) and check_method.same(
+        with_them.memory, without.memory
+    )
+    assert check_method.same(with_them.method.state, without.method.state)
     assert with_them.bytes_up == without.bytes_up
 
 
@@ -407,7 +408,7 @@ def test_stress_dropout_has_its_probability_and_all_may_drop_out():
 def test_stress_tolerance_goes_with_every_way_of_visiting():
     plain = rounds_of(Misbehaving, dropout=0.2)
     threads = rounds_of(type("T", (Misbehaving, visits.Threads), {}), dropout=0.2, threads=2)
-    assert torch.equal(plain.w, threads.w) and run_same(plain.memory, threads.memory)
+    assert torch.equal(plain.w, threads.w) and check_method.same(plain.memory, threads.memory)
     vmap = rounds_of(type("V", (Misbehaving, visits.Vmap), {}), dropout=0.2)
     assert (
         torch.allclose(plain.w, vmap.w, atol=1e-9) and plain.left_out.keys() == vmap.left_out.keys()
@@ -427,7 +428,7 @@ def test_stress_dropouts_are_in_the_log_and_survive_a_kill(tmp_path, run_tiny):
     with pytest.raises(Killed):
         run.experiment(tmp_path / "cut", watch=kill, **settings)
     run.experiment(tmp_path / "cut", **settings)
-    assert run_same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
+    assert check_method.same(run_state(tmp_path / "cut"), run_state(tmp_path / "whole"))
     left_out = [row["absent"] for row in whole.log if "absent" in row]
     assert left_out and set(left_out[0].values()) == {"dropped out"}
     plain = run.experiment(**run_tiny("scaffold"))
