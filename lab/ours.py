@@ -358,7 +358,8 @@ class Trajectory(Learnt):
 
     The splits of Learnt. Measured is how much of the path w^p ... w^{p+3}, from which the synthesis
     learns, goes along minus the global gradient (`descending` in measures.py), in the ten rounds
-    before the synthesis. A look with seeds 0 and 1 gave the claim, so these runs have others.
+    before the synthesis. A look with seeds 0 and 1 gave the claim, so these runs have others. Three
+    uplinks came later, after a look with the same two seeds, and are not judged.
     """
 
     says = (
@@ -368,6 +369,13 @@ class Trajectory(Learnt):
     source = "this project"
     refuted = "there it goes more along the global gradient than in one of these cases"
     columns = panels = ("cos_path",)
+    uplinks = {
+        "one class, no compression": UPLINKS["none"],
+        "one class, top 1 %": UPLINKS["top 1 %"],
+        "one class, 1 bit, no feedback": Learnt.one_bit | {"error_feedback": "off"},
+    }
+    splits = {name: Skew.splits["one class"] | own for name, own in uplinks.items()}
+    splits = Learnt.splits | splits
     first_seed = 10
     data = {"path": {"outer_steps": 1, "resynthesize": 10}}  # which keeps the trajectory
     judged = (  # the first one minus the second one, of the splits
@@ -389,4 +397,6 @@ class Trajectory(Learnt):
         return {"path": {}}
 
     def rules(self, table):
-        return [rule("first minus second", *pair, "cos_path") for pair in self.judged]
+        found = [rule("first minus second", *pair, "cos_path") for pair in self.judged]
+        one_bit = "one class, 1 bit, lr 0.2"
+        return found + [rule("minus 1 bit", x, one_bit, "cos_path", 0) for x in self.uplinks]
