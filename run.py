@@ -294,11 +294,14 @@ def load(folder, **given):
 
 # ---------------------------------------------------------------------------------- comparisons
 
-SEVERAL = ("algo", "compress")  # of these a command may name several
+SEVERAL = {"algo": "method", "compress": "compressor"}  # a command may name several of them
 
 
 def pairs_of(given):
-    """Every method of a command with every compressor: [{"algo": ..., "compress": ...}]."""
+    """Every method of a command with every compressor: [{"algo": ..., "compress": ...}].
+
+    What is not given is the default.
+    """
     algos, compressors = (given.get(kind) or [getattr(Run, kind)] for kind in SEVERAL)
     return [{"algo": a, "compress": c} for a in algos for c in compressors]
 
@@ -356,8 +359,8 @@ def compare(folder, runs):
 def parser(given):
     """The flags of the parts that are given; a flag that is not used stays absent."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--algo", nargs="+", metavar="METHOD", help="one or more methods")
-    p.add_argument("--compress", nargs="+", metavar="COMPRESSOR", help="one or more compressors")
+    for kind, word in SEVERAL.items():
+        p.add_argument("--" + kind, nargs="+", metavar=word.upper(), help=f"one or more {word}s")
     p.add_argument("--seeds", type=int, metavar="n", help="runs a method: seed, seed + 1, ...")
     p.add_argument("--name", help="name of the folder")
     p.add_argument("--out", type=Path, metavar="DIR", help="where folders are made (default runs)")
@@ -418,7 +421,7 @@ def resumed(folder, given):
         return folder, stored_runs(folder, named, given), True
     for kind, words in named.items():
         if len(words) > 1:
-            raise ValueError(f"{folder} holds one run, of one {kind}")
+            raise ValueError(f"{folder} holds one run, of one {SEVERAL[kind]}")
         given |= {kind: word for word in words}
     return folder, {folder.name: stored_settings(folder, **given)}, False
 

@@ -49,9 +49,8 @@ class Skew(Claim):
     At Dir 0.1 and with one class per client each has a learning rate and a setting of its own
     (`python -m lab.claims skew --tune`). It keeps those of Dir 0.1 on IID; with two classes nothing
     is tuned, all have lr 0.1 and rho 0.1. With one class the accuracy differs much from seed to
-    seed, so the search has four. (With two it chose badly, and then, for a while, nothing was
-    tuned there.) The accuracy of a run is the mean over the second half of its rounds, since the
-    global model swings.
+    seed, so the search has four. The accuracy of a run is the mean over the second half of its
+    rounds, since the global model swings.
 
     "server" and "momentum" are whole methods: FedGloSS has FedDyn in it, FedWMSAM has SCAFFOLD and
     FedCM. DynaFed has no ascent and spends the same synthetic images at the server.
@@ -374,8 +373,7 @@ class Trajectory(Learnt):
         "one class, top 1 %": UPLINKS["top 1 %"],
         "one class, 1 bit, no feedback": Learnt.one_bit | {"error_feedback": "off"},
     }
-    splits = {name: Skew.splits["one class"] | own for name, own in uplinks.items()}
-    splits = Learnt.splits | splits
+    splits = Learnt.splits | {x: Skew.splits["one class"] | own for x, own in uplinks.items()}
     first_seed = 10
     data = {"path": {"outer_steps": 1, "resynthesize": 10}}  # which keeps the trajectory
     judged = (  # the first one minus the second one, of the splits

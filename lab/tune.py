@@ -17,9 +17,9 @@ that is only good together. A setting that diverges has lost.
 
 Winners are kept in results/tuned.json with all that was tried and the command that made them. One
 validation image is 0.1 points and one seed is noisy: this finds good settings, not the best ones.
-With one class per client and 2 bits one seed finds nothing: FedAvg with seed 100 had 51, 40, 56 and
-42 % at learning rates 0.1, 0.2, 0.4 and 0.8. The mean of two was too few as well (`skew` in
-results/README.md). So a claim may ask for more seeds. The grids are this project's choice.
+With one class per client accuracy differs so much from seed to seed that one or two find nothing;
+so a claim may ask for more (`skew` in results/README.md has four there, which are few). The grids
+are this project's choice.
 """
 
 import contextlib

@@ -679,7 +679,6 @@ def test_fedsynth_sends_as_many_bytes_as_its_label_says(tmp_path):
 
 STORED = claims.stored_claims(RESULTS)
 TABLES = {name: claims.tables(*pair) for name, pair in STORED.items()}
-PARTS = {name: part for name, (_, part) in STORED.items()}
 
 
 PREMISE = {("eigenvalue", 1, 0): 2, ("eigenvalue", -1, 0): 2, ("accuracy", 1, 0): 6}

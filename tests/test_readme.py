@@ -240,7 +240,7 @@ def test_other_numbers_in_the_text_are_those_of_the_stored_rows():
     two_bits = ["fedavg, 2 bits", "feddyn, 2 bits"]
     times = main.eigenvalue[["fedavg", "feddyn"]].array / main.eigenvalue[two_bits].array
     assert "{:.0f} times as large (FedAvg), {:.0f} times".format(*times) in text
-    assert "suits them: {:.1f} and {:.1f} % (`untuned`)".format(*untuned.accuracy[two_bits]) in text
+    assert "these have {:.1f} and {:.1f} % (`untuned`)".format(*untuned.accuracy[two_bits]) in text
     (table,) = claims.tables(*stored["trajectory"]).values()
     path = table.groupby("arm").cos_path.mean()[["one class, 1 bit", TWO_BITS]]
     assert "cosine {:.2f} in place of {:.2f} (`trajectory`".format(*path) in text
