@@ -329,7 +329,7 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
     assert terminal.stored_beside(settings, tmp_path / "none") == {}
     path.write_text(json.dumps({"quick": {"rows": rows}}))
     assert terminal.stored_beside(settings, path) == {}
-    shown = terminal.card(result, settings, tmp_path)
+    shown = terminal.card(result, settings, Path("runs"))
     assert "tuned, 5 seeds  fedavg" in shown and max(map(len, shown.splitlines())) < 90
     assert "tuned, 5 seeds" not in terminal.card(result, settings | {"lr": 0.2}, tmp_path)
     assert "(mean of 2 evaluations, rounds 2 to 4)" in shown
