@@ -32,6 +32,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the job of untuned
     radius       that job with a radius of its own for each direction
+    levels       the job of default with fewer bytes than one bit a parameter costs
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
 project in ours.py and onebit.py.
@@ -48,7 +49,7 @@ KINDS = (onebit.Default, onebit.Untuned, papers.Sharpness, onebit.Compressed, on
 KINDS += (papers.Alignment, ours.Learnt, ours.Trajectory, papers.Accuracy, papers.Hyper)
 KINDS += (papers.FedSynth, papers.GradAlign, papers.Man, ours.Oracle, ours.Skew, onebit.Whose)
 KINDS += (ours.Corrected, ours.Overfit, onebit.Photographs, ours.Cifar, onebit.Descent)
-KINDS += (onebit.Radius,)
+KINDS += (onebit.Radius, onebit.Levels)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

@@ -9,6 +9,7 @@ All are FedSAM, the gradient at w + rho u / ||u||, with another u:
     AnotherClient    another client's gradient; the clients peek
     Negative         minus the own gradient
     Random           random numbers
+    OnceARound       the true gradient at w^t, on images of all clients; they peek
 
 All run in the plain loop and in threads; WholeClient and Random do not run under vmap. Two trials
 that won are methods now (methods/ours.py).
@@ -17,6 +18,7 @@ that won are methods now (methods/ours.py).
 import torch
 
 from fl import FedSAM, rng
+from methods.oracle import Oracle
 
 
 class AnotherBatch(FedSAM):
@@ -83,3 +85,27 @@ class Random(FedSAM):
     def direction(self, w, batch, received, mine):
         generator = rng(self.seed, "direction", batch.tolist())
         return torch.randn(len(w), generator=generator, dtype=w.dtype).to(w.device)
+
+
+class OnceARound(Oracle):
+    """u is the gradient on `oracle_images` at the model w^t of the server: the same for all steps.
+
+    FedLESAM's last update is an estimate of it. So many images cost little here.
+    """
+
+    def prepare(self, t, w):
+        news = super().prepare(t, w)
+        chunks = self.peeked.split(500)
+        sums = [len(chunk) * self.gradient(w, chunk) for chunk in chunks]
+        self.state = self.state | {"true": torch.stack(sums).sum(0) / len(self.peeked)}
+        return news
+
+    def first_state(self):
+        return super().first_state() | {"true": None}
+
+    def broadcast(self, w):
+        true = self.state["true"]
+        return super().broadcast(w) | ({} if true is None else {"true": true})
+
+    def direction(self, w, batch, received, mine):
+        return received["true"]

@@ -168,10 +168,10 @@ class Overfit(Skew):
 
     The trials (lab/directions.py) and other syntheses are run at Dir 0.1 only. They came last, with
     two more judged comparisons, which were written before the runs that they judge. One learning
-    rate and one radius for all, so a gain may be one of the radius; four directions have rho 0.3,
-    too (not judged). A first look with seeds 0 and 1 gave the claim: training accuracy was 20
-    points above test accuracy, and methods differed in test loss, in accuracy by two points or
-    less. So test loss is judged, with other seeds.
+    rate and one radius for all, so a gain may be one of the radius; four directions have rho 0.3
+    and rho 0.03, too (not judged). A first look with seeds 0 and 1 gave the claim: training
+    accuracy was 20 points above test accuracy, and methods differed in test loss, in accuracy by
+    two points or less. So test loss is judged, with other seeds.
     """
 
     says = (
@@ -198,11 +198,19 @@ class Overfit(Skew):
         "synthetic with rho 0.3 (FedSynSAM)": synthetic | {"rho": 0.3},
         "true with rho 0.3 (oracle)": true | {"rho": 0.3},
         "another batch with rho 0.3": directions["another batch"] | {"rho": 0.3},
+        "own with rho 0.03 (FedSAM)": {"algo": "fedsam", "rho": 0.03},
+        "synthetic with rho 0.03 (FedSynSAM)": synthetic | {"rho": 0.03},
+        "true with rho 0.03 (oracle)": true | {"rho": 0.03},
+        "another batch with rho 0.03": directions["another batch"] | {"rho": 0.03},
         "whole client": {"algo": "lab/directions.py:WholeClient", "visit": "threads"},
         "another client": {"algo": "lab/directions.py:AnotherClient"},
         "random": {"algo": "lab/directions.py:Random", "visit": "threads"},  # vmap refuses both
         "synthetic, not learnt": synthetic | {"outer_steps": 1},
         "negative": {"algo": "lab/directions.py:Negative"},
+        "true of all images, once a round": {
+            "algo": "lab/directions.py:OnceARound",
+            "oracle_images": 10000,
+        },
     }
     directions |= trials
     judged_by = ("test_loss", -1)

@@ -214,7 +214,8 @@ def row_of(claim, root, task, arm, settings):
     except FloatingPointError as error:
         return row | {"diverged": str(error)}
     with locked(folder, wait=False):
-        found = measures.measure(folder, claim.measures(settings["seed"]), algo=settings["algo"])
+        code = {name: settings[name] for name in ("algo", "compress") if name in settings}
+        found = measures.measure(folder, claim.measures(settings["seed"]), **code)
     seen = measures.watched(folder)
     log = [line | seen.get(line["round"], {}) for line in log]
     log = [line for line in log if "test_acc" in line or line["round"] in seen]

@@ -61,6 +61,11 @@ def test_directions_of_other_images():
         f.round()
         drawn |= {tuple(f.method.state["foreign"][:, 0].tolist())}
     assert len(drawn) > 4
+    f = federation(D.OnceARound, oracle_images=7)
+    w, batch, received, mine, _ = asked(f)
+    true = gradient(f, f.w, f.task.balanced(7, fl.rng(f.method.seed, "oracle")))
+    assert not torch.equal(w, f.w)
+    assert torch.allclose(f.method.direction(w, batch, received, mine), true, atol=1e-12)
     f = federation(D.Negative)
     w, batch, received, mine, _ = asked(f)
     assert torch.equal(f.method.direction(w, batch, received, mine), -gradient(f, w, batch))
@@ -122,6 +127,6 @@ def test_before_the_synthesis_they_are_their_parent(M, warmup_method):
     assert torch.equal(f.w, federation(parent, 2).w)
 
 
-@pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient], ids=str)
+@pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient, D.OnceARound], ids=str)
 def test_trials_keep_the_rules(M):
     check_method.check_method(M)
