@@ -456,8 +456,10 @@ class Levels(Default):
     """Default's job with fewer bytes than one bit a parameter costs.
 
     "Three levels" is the uplink of 2 bits in Elias's code (codes/elias.py): the same x_hat. Every
-    method keeps the settings that `default` found with one bit. Two methods have two more uplinks,
-    which are not judged. A look with FedAvg, lr 0.2 and seed 0 gave the claim.
+    method has a learning rate of its own with it, found on validation images; all else is what
+    `default` found with one bit. A look with FedAvg, seed 0 and lr 0.2 for both gave the claim.
+    It was stopped after seven runs at first, which took over the learning rate, too: FedAvg with
+    three levels then falls behind, as with 2 bits in `default`. These runs have other seeds.
     """
 
     says = (
@@ -466,40 +468,52 @@ class Levels(Default):
     )
     source, pictures = "this project", {}
     refuted = "with three levels one of the methods is less accurate or sharper"
-    first_seed = 60
-    methods = ("fedavg", "fedsam", "fedsynsam", "dynafed", "feddyn", "fedspeed", "fedsynsam-d")
+    first_seed = 70
+    ascents = {"fedsynsam": "fedavg", "fedspeed": "feddyn", "fedsynsam-d": "feddyn"}
+    methods = ("fedavg", "fedsynsam", "feddyn", "fedspeed", "fedsynsam-d")
     uplinks = {
         "1 bit": {"compress": "sign"},
         "three levels": {"compress": "qsgd-elias", "levels": 1},
-        "top 1 %": UPLINKS["top 1 %"] | {"error_feedback": "on"},
-        "dithering": {"compress": "dithering"},
     }
-    few, many = tuple(uplinks)[:2], ("fedavg", "feddyn")  # the methods with all uplinks
+    grid = {"lr": (0.1, 0.2, 0.4, 0.8)}
 
-    searches = Claim.searches  # Default has them
+    def settings(self, algo, uplink):
+        """All settings of an arm but the learning rate of three levels."""
+        found = tune.winner(self.results / "tuned.json", self.size, Default.searched, algo)
+        return {"algo": algo} | self.uplinks[uplink] | found
 
-    def plain_arms(self):
-        return {
-            f"{algo}, {name}": {"algo": algo} | uplink
-            for algo in self.methods
-            for name, uplink in self.uplinks.items()
-            if name in self.few or algo in self.many
-        }
+    def place(self, arm):
+        algo, uplink = arm.split(", ")
+        return (uplink if uplink == "three levels" else Default.searched), algo
+
+    def arms(self, task):
+        found = {}
+        for algo in self.methods:
+            for uplink in self.uplinks:
+                arm = f"{algo}, {uplink}"
+                found[arm] = self.settings(algo, uplink) | self.winner(arm)
+        return found
+
+    def searches(self):
+        (common,), found = self.tasks().values(), {}
+        for algo in self.methods:
+            own = self.settings(algo, "three levels")
+            own.pop("lr", None)
+            found["three levels", algo] = study.fitting(common, own), self.grid, self.tuning_seeds
+        return found
 
     def baseline(self, arm):
         return f"{arm.split(', ')[0]}, 1 bit"
 
     def rules(self, table):
-        found, corrected = [], ("fedspeed", "fedsynsam-d")
-        for arm in (a for a in arms_of(table) if a != self.baseline(a)):
-            judged = arm.endswith("three levels")
-            pair = "minus 1 bit", arm, self.baseline(arm)
-            found.append(rule(*pair, "accuracy", 1 if judged else 0))
-            found.append(rule(*pair, "eigenvalue", -1 if judged else 0))
-            found += [rule(*pair, measure, 0) for measure in ("mean_model", "mb_up")]
-        for name in self.few:
-            for algo in (a for a in self.methods if a not in self.many):
-                rival = "feddyn" if algo in corrected else "fedavg"
-                pair = f"minus {rival}", f"{algo}, {name}", f"{rival}, {name}"
-                found += [rule(*pair, measure, 0) for measure in ("accuracy", "eigenvalue")]
+        found = []
+        for algo in self.methods:
+            pair = f"{algo}, three levels", f"{algo}, 1 bit"
+            for measure, sign in (("accuracy", 1), ("eigenvalue", -1), ("mean_model", 0)):
+                found.append(rule("three levels minus 1 bit", *pair, measure, sign))
+        for uplink in self.uplinks:
+            for algo, none in self.ascents.items():
+                pair = f"{algo}, {uplink}", f"{none}, {uplink}"
+                for measure in ("accuracy", "eigenvalue"):
+                    found.append(rule("minus no ascent", *pair, measure, 0))
         return found
