@@ -181,17 +181,15 @@ AGAINST = {"cos_used": "cosine to the true gradient", "eigenvalue": "top eigenva
 def draw_against(path, claim, table, gain="accuracy"):
     """Gain over the baseline against each of AGAINST: an arm is a point with its 95 % t-interval.
 
-    A row for each split. A few arms that are much farther away would leave the others no room:
-    they are named instead.
+    A row for each split. What claim.apart matches is named under the picture instead.
     """
     found, words = gains_against(claim, table, gain), []
-    left_out = [f"{p.arm} ({p.mean:+.2f})" for p in found[found.far].itertuples()]
     splits = found.split.unique()
     with plt.rc_context(STYLE | {"font.size": 10}):
         size = {"figsize": (12, 1 + 4.5 * len(splits)), "layout": "constrained"}
         page, axes = plt.subplots(len(splits), len(AGAINST), squeeze=False, sharex="col", **size)
         for row, split, colour in zip(axes, splits, COLOURS[3:]):
-            near = found[(found.split == split) & ~found.far]
+            near = found[(found.split == split) & ~found.apart]
             lr = near.rate.iloc[0]
             for axis, measure in zip(row, AGAINST):
                 for p in near[near[measure].notna()].itertuples():
@@ -207,22 +205,28 @@ def draw_against(path, claim, table, gain="accuracy"):
             x = found[measure]
             axis.set_xscale("log" if 0 < 20 * x.min() < x.max() else "linear")
             axis.set_xlabel(title)
-        page.supxlabel("out of the picture: " + ", ".join(left_out) if left_out else "", fontsize=9)
+        page.supxlabel(out_of_the_picture(found), fontsize=9)
         page.draw_without_rendering()  # from now on every point has its place on the page
         write_beside(words)
         page.savefig(path, bbox_inches="tight")
         plt.close(page)
 
 
+def out_of_the_picture(found):
+    """The arms that are apart, and their gains: the text under the picture."""
+    words = [f"{p.arm} ({p.mean:+.2f})" for p in found[found.apart].itertuples()]
+    return textwrap.fill("out of the picture: " + ", ".join(words), 160) if words else ""
+
+
 def gains_against(claim, table, gain):
-    """A line for each arm: split, lr, gain (mean, low, high), the means of AGAINST, if far."""
+    """A line for each arm: split, lr, gain (mean, low, high), the means of AGAINST, if apart."""
     arms, (common,) = list(dict.fromkeys(table.arm)), claim.tasks().values()
     found = pd.DataFrame([gain_of(claim, table, arm, gain) for arm in arms])
     found.columns = ["mean", "low", "high"]
     found["arm"], found["split"] = arms, [arm.split(", ")[0] for arm in arms]
     own = claim.arms("")
     found["rate"] = [study.fitting(common, own[arm]).get("lr") for arm in arms]
-    found["far"] = found["mean"].abs() > too_far(found["mean"].abs())
+    found["apart"] = [bool(re.search(claim.apart, arm)) for arm in arms]
     for measure in AGAINST:
         found[measure] = [verdicts.values(table, Value(arm, measure)).mean() for arm in arms]
     return found
@@ -249,15 +253,6 @@ def write_beside(points):
             if not any(text.get_window_extent().overlaps(box) for box in taken):
                 break
         taken.append(text.get_window_extent())
-
-
-def too_far(sizes):
-    """The size that a few, at most a quarter of all, exceed more than three times; inf if none."""
-    sizes = sorted(sizes, reverse=True)
-    for few in range(len(sizes) // 4, 0, -1):
-        if sizes[few - 1] > 3 * sizes[few]:
-            return sizes[few]
-    return np.inf
 
 
 def draw_gain(axis, x, ends, colour):

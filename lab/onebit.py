@@ -224,7 +224,7 @@ class Whose(Claim):
     columns = ("accuracy", "mean_model", "test_loss", "eigenvalue", "sam", "cos_used")
     columns += ("mb_up", "seconds")
     panels = ("accuracy", "eigenvalue", "cos_used")
-    pictures = {"_against": figures.draw_against}
+    pictures, apart = {"_against": figures.draw_against}, "negative"
     repeats, first_seed, divisible, sizes = 5, 50, True, ("quick", "cpu")
     tuning_seeds = 3
     # the arms with five seeds; the others have three

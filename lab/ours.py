@@ -185,6 +185,7 @@ class Overfit(Skew):
     columns += ("mean_model", "cos_own", "cos_used", "seconds")
     panels = ("test_loss", "accuracy", "eigenvalue")
     pictures = {"_against": functools.partial(figures.draw_against, gain="test_loss")}
+    apart = "server|momentum|no ascent|negative|with rho"  # of a picture of ascents, of one radius
     splits = {name: Skew.splits[name] for name in ("Dir 0.1", "two classes")}
     hard, tuned_on, repeats, first_seed = tuple(splits), {}, 3, 2
     sizes, late = ("quick", "cpu"), 60

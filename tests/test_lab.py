@@ -1009,13 +1009,6 @@ def test_differences_of_several_measures_fit_on_one_axis():
     assert alone.drop(columns="words").equals(found[1:]) and unit == "difference"
 
 
-def test_a_few_arms_that_are_far_away_are_left_out_of_a_picture():
-    near = [0.25, 0.2, 0.1, 0.05, 0.02, 0.0]
-    assert figures.too_far([2.4, *near, 2.2, 0.1]) == 0.25
-    assert figures.too_far([0.5, 0.4, 0.05, 0.04, 0.03, 0.0]) == np.inf  # too many to leave out
-    assert figures.too_far(near) == figures.too_far([5.0, 1.0]) == np.inf
-
-
 def test_figures_are_drawn_with_runs_that_are_missing(tmp_path):
     claim, (table,) = STORED["hyper"][0], TABLES["hyper"].values()
     table = table.copy()

@@ -109,13 +109,41 @@ def test_commands_of_the_lab_work(command, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 5
 
 
+SYNTHESIS = "--warmup 1 --window 1 --outer-steps 2 --inner-steps 2".split()
+
+
+def elsewhere(start):
+    """All commands of the other documents that begin like this."""
+    pages = [HERE / "CONTRIBUTING.md", *HERE.glob("[!lr]*/*.md")]  # not those with results
+    text = "\n".join(page.read_text() for page in pages)
+    found = re.findall(rf"^{start}[^#\n]*|(?<=`){start}[^`]*(?=`)", text, re.M)
+    return sorted({" ".join(command.split()) for command in found})
+
+
+@pytest.mark.parametrize("command", elsewhere("python run.py"))
+def test_commands_of_run_in_other_documents_work(command, mine, capsys):
+    parent = "compress.Sign" if "--compress" in command else "fl.FedAvg"
+    Path("mine.py").write_text(f"import compress\nimport fl\n\n\nclass Mine({parent}):\n    pass\n")
+    words = [x for x in shlex.split(command.replace("NAME", "natural"))[2:] if x != "--quick"]
+    if "cuda" in words and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    synthesis = [] if "fed" in command else SYNTHESIS  # the default learns images
+    assert run.main([*words, *([] if "--list" in words else [*TINY, *synthesis])]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", elsewhere("python -m (?!pytest)"))
+def test_modules_and_flags_of_commands_in_other_documents_are_there(command):
+    module, *words = command.split()[2:]
+    file = HERE / (module.replace(".", "/") + ".py")
+    source = "".join(path.read_text() for path in file.parent.glob("*.py"))
+    assert file.exists() and all(word in source for word in words if word.startswith("--"))
+
+
 def test_every_command_of_the_readme_is_run_by_a_test():
     tested = r"python run\.py|torchrun|python -m lab\.|.*--method|.*&& python -m pytest"
     known = r"pip install .*&& python run\.py"
     assert all(re.match(f"({tested}|{known})", command) for command in COMMANDS)
-
-
-SYNTHESIS = "--warmup 1 --window 1 --outer-steps 2 --inner-steps 2".split()
 
 
 def test_torchrun_works(mine):
@@ -256,7 +284,7 @@ def test_the_rank_correlations_in_the_text_are_those_of_the_stored_rows():
         claim, (table,) = stored[name][0], claims.tables(*stored[name]).values()
         gain = "test_loss" if name == "overfit" else "accuracy"
         found = figures.gains_against(claim, table, gain)
-        near = found[(found.split == split) & ~found.far]
+        near = found[(found.split == split) & ~found.apart]
         ranks += [figures.rank_correlation(near, x) for x in ("eigenvalue", "cos_used")]
     said = (
         "eigenvalue is {0:+.2f} on FedAvg and {2:+.2f} on FedDyn, of gain and cosine {1:+.2f} and "
