@@ -1052,6 +1052,21 @@ def test_the_notes_say_how_the_search_at_one_class_went():
     assert found["own (FedSAM)"]["settings"]["rho"] == 0.3
 
 
+def test_the_notes_say_what_each_direction_has_at_each_learning_rate():
+    found = {(e["world"], e["method"]): e for e in tune.entries(RESULTS / "tuned.json")}
+    rates, none = onebit.Whose.grids["FedDyn"]["lr"], ("default", "feddyn")
+    said = report.notes()["whose"].split("The searches say why")[1].split("\n\n")[1].splitlines()
+    assert said[0].split(" | ")[1:] == [f"lr {lr}" for lr in rates[:2]] + [f"lr {rates[2]} |"]
+    for line in said[2:]:
+        name, *numbers = line.strip("| ").split(" | ")
+        entry = found[none if name == "none" else ("FedDyn", name)]
+        own = {"prox": 0.1} if name == "none" else {"rho": 0.1}
+        tried = [(s, x) for _, s, x in entry["tried"]]
+        values = [x for lr in rates for s, x in tried if s == {"lr": lr} | own]
+        assert numbers == [f"{100 * x:.1f}" for x in values]
+    assert len(said) == 11
+
+
 def test_tuning_searches_one_setting_after_the_other():
     seen = []
 
