@@ -15,6 +15,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     sharpness    compression makes the global landscape sharper, more so when clients differ
     compressed   the same with one class per client
     remedy       where compression sharpens, does FedSynSAM help?
+    levels       fewer bytes than one bit costs, with a learning rate of its own
     alignment    own gradient and last update mis-estimate the global one, synthetic data do not
     learnt       the same, beside images that were never learnt
     trajectory   why so little is learnt with one bit and one class per client
@@ -32,7 +33,6 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the job of untuned
     radius       that job with a radius of its own for each direction
-    levels       the job of default with fewer bytes than one bit a parameter costs
 
 claim.py says what a claim is made of; the claims of papers stand in papers.py, those of this
 project in ours.py and onebit.py.
@@ -46,10 +46,11 @@ from lab import figures, onebit, ours, papers, study, tune, verdicts
 from plumbing.settings import HERE
 
 KINDS = (onebit.Default, onebit.Untuned, papers.Sharpness, onebit.Compressed, onebit.Remedy)
-KINDS += (papers.Alignment, ours.Learnt, ours.Trajectory, papers.Accuracy, papers.Hyper)
-KINDS += (papers.FedSynth, papers.GradAlign, papers.Man, ours.Oracle, ours.Skew, onebit.Whose)
-KINDS += (ours.Corrected, ours.Overfit, onebit.Photographs, ours.Cifar, onebit.Descent)
-KINDS += (onebit.Radius, onebit.Levels)
+KINDS += (onebit.Levels, papers.Alignment, ours.Learnt, ours.Trajectory)
+KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
+KINDS += (ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit)
+KINDS += (onebit.Photographs, ours.Cifar, onebit.Descent)
+KINDS += (onebit.Radius,)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
 

@@ -475,7 +475,7 @@ class Levels(Default):
         "1 bit": {"compress": "sign"},
         "three levels": {"compress": "qsgd-elias", "levels": 1},
     }
-    grid = {"lr": (0.1, 0.2, 0.4, 0.8)}
+    grids = {"three levels": {"lr": (0.1, 0.2, 0.4, 0.8)}}
 
     def settings(self, algo, uplink):
         """All settings of an arm but the learning rate of three levels."""
@@ -484,7 +484,7 @@ class Levels(Default):
 
     def place(self, arm):
         algo, uplink = arm.split(", ")
-        return (uplink if uplink == "three levels" else Default.searched), algo
+        return (uplink if uplink in self.grids else Default.searched), algo
 
     def arms(self, task):
         found = {}
@@ -495,11 +495,11 @@ class Levels(Default):
         return found
 
     def searches(self):
-        (common,), found = self.tasks().values(), {}
+        (common,), ((uplink, grid),), found = self.tasks().values(), self.grids.items(), {}
         for algo in self.methods:
-            own = self.settings(algo, "three levels")
+            own = self.settings(algo, uplink)
             own.pop("lr", None)
-            found["three levels", algo] = study.fitting(common, own), self.grid, self.tuning_seeds
+            found[uplink, algo] = study.fitting(common, own), grid, self.tuning_seeds
         return found
 
     def baseline(self, arm):
