@@ -238,7 +238,7 @@ def test_differences_in_the_text_are_those_of_the_stored_rows():
     from lab import claims, report, verdicts
 
     number = r"([-+]?[\d.]+)"
-    found = re.findall(rf"{number}\s\[{number}, {number}\]", README)
+    found = re.findall(rf"{number}\s+\[{number}, {number}\]", README)
     assert len(found) == len(DIFFERENCES)
     stored = claims.stored_claims(HERE / "results")
     for said, (name, arms, measure) in zip(found, DIFFERENCES):
