@@ -9,6 +9,7 @@ It checks what compress.py asks of every compressor, with the default settings:
     decoding    `decode` needs nothing but the buffer and d, and gives a finite vector [d]
     damage      a bit that is flipped, or a byte that is missing, is a ValueError (`seal`, `unseal`)
     zeros       zeros arrive as zeros
+    large       large numbers arrive as finite ones
     unbiased    unless the class says `unbiased = False`, the mean of many x_hat is x. A biased
                 compressor that does not say so would get no error feedback
     contractive a biased one that does not say `contractive = False` brings x_hat nearer to x than 0
@@ -52,6 +53,8 @@ def check_bytes(C, x):
         f"{C.__name__}: `decode` needs more than the buffer and d; put it into the buffer"
     )
     assert not zeros.any(), f"{C.__name__}: zeros do not arrive as zeros"
+    large = through(C, 1e30 * x).isfinite().all()
+    assert large, f"{C.__name__}: numbers around 1e30 arrive as numbers that are not finite"
 
 
 def through(C, x, seed=1):

@@ -67,17 +67,25 @@ def check_method(M, off=None):
 
 def check_names(M):
     """A function whose name is nearly that of a hook is called by nobody."""
-    inherited = {name for parent in M.__mro__[1:] for name in vars(parent)}
-    for name in set(vars(M)) - inherited:
-        if inspect.isfunction(vars(M)[name]):
-            near = difflib.get_close_matches(name, inherited, 1, 0.85)
-            assert not near, f"{M.__name__}: {name} is no hook; did you mean {''.join(near)}?"
+    inherited = {name: x for parent in M.__mro__[:0:-1] for name, x in vars(parent).items()}
+    for name in [name for name, x in vars(M).items() if inspect.isfunction(x)]:
+        if inspect.isfunction(inherited.get(name)):
+            check_arguments(M, name, inherited[name])
+        near = name not in inherited and difflib.get_close_matches(name, inherited, 1, 0.85)
+        assert not near, f"{M.__name__}: {name} is no hook; did you mean {''.join(near)}?"
     for name, hint in inspect.get_annotations(M).items():
         if name in inherited:  # as server_lr in methods/adam.py, which is no setting any more
             continue
         ok = get_origin(hint) is Annotated and hasattr(M, name)
         how = f'{name}: Annotated[type, "meaning", lowest, highest] = default'
         assert ok, f"{M.__name__}: {name} is no setting; declare it as {how}"
+
+
+def check_arguments(M, name, hook):
+    """A hook is called with the arguments that its parent names."""
+    ours, theirs = ([*inspect.signature(f).parameters] for f in (vars(M)[name], hook))
+    words = f"{name}({', '.join(ours)}), but the hook is {name}({', '.join(theirs)})"
+    assert ours[: len(theirs)] == theirs, f"{M.__name__} has {words}"
 
 
 # ------------------------------------------------------------------------------------- a small run
@@ -244,7 +252,8 @@ class HiddenState:
 
 
 def describe(memory):
-    return {name: (tuple(x.shape), x.dtype) for name, x in memory.items()}
+    tensors = {name: isinstance(x, torch.Tensor) for name, x in memory.items()}
+    return {n: (tuple(x.shape), x.dtype) if tensors[n] else x for n, x in memory.items()}
 
 
 def spied(M):

@@ -13,7 +13,7 @@ from codes import elias, tradeoff
 from codes.dithering import Dithering
 from codes.elias import QSGD_Elias, Reader, decode_integers, encode_integers
 from codes.natural import Natural
-from compress import QSGD, Identity, RandK, Sign, TopK, pack, seal, to_bytes, with_feedback
+from compress import QSGD, Identity, RandK, Sign, TopK, pack, seal, to_bytes, unseal, with_feedback
 from tests.check_compressor import check_compressor
 from tests.toys import f64, seeded
 from tests.toys import normal as randn
@@ -552,6 +552,14 @@ class Lifted(Identity):
         return super().decode(buffer, d) + 1
 
 
+class Half(Identity):
+    def encode(self, x, generator=None):
+        return seal(to_bytes(x.half()))
+
+    def decode(self, buffer, d):
+        return unseal(buffer).clone().view(torch.float16).float()
+
+
 BROKEN = [
     (Floats, "`encode` makes no uint8 tensor"),
     (Unsealed, "a buffer with a bit of byte 0 flipped is read"),
@@ -563,6 +571,7 @@ BROKEN = [
     (Doubled, "is 2.25 .*say `contractive = False`"),
     (Shorter, "no finite vector"),
     (Lifted, "zeros do not arrive"),
+    (Half, "numbers around 1e30 arrive as numbers that are not finite"),
 ]
 
 

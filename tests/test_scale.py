@@ -475,6 +475,16 @@ class Misspelt(FedAvg):
         return 2 * g
 
 
+class Shorter(FedAvg):
+    def move(self, w, G, lr):
+        return w - lr * G
+
+
+class Numbered(FedAvg):
+    def remember(self, mine, decoded, lr_sum):
+        return mine | {"k": 1}
+
+
 class WithoutDefault(FedAvg):
     beta: Annotated[float, "has no default", 0, 1]
 
@@ -485,6 +495,8 @@ class WithoutMeaning(FedAvg):
 
 BROKEN = [
     (Misspelt, "Misspelt: corect is no hook; did you mean correct?"),
+    (Shorter, "Shorter has move.self, w, G, lr., but the hook is move.self, w, G, mine, lr."),
+    (Numbered, "the memory of a client is {'k': 1}, but `first_memory` declares {}"),
     (WithoutDefault, "WithoutDefault: beta is no setting"),
     (WithoutMeaning, "WithoutMeaning: beta is no setting"),
     (Peeking, "a client reads self.state.*`broadcast`"),
