@@ -271,7 +271,7 @@ def test_other_numbers_in_the_text_are_those_of_the_stored_rows():
     accuracy, untuned = means("levels").accuracy["feddyn, three levels"], means("untuned")
     assert f"--algo feddyn --compress qsgd-elias --lr 0.1` has {accuracy:.1f} %, for" in text
     times = untuned.eigenvalue[["fedavg", "feddyn"]].array / untuned.eigenvalue[two_bits].array
-    assert "with lr 0.1 {:.0f} and {:.0f} times (`untuned`)".format(*times) in text
+    assert "with lr 0.1 it is {:.0f} and {:.0f} times (`untuned`)".format(*times) in text
     (table,) = claims.tables(*stored["trajectory"]).values()
     path = table.groupby("arm").cos_path.mean()[["one class, 1 bit", TWO_BITS]]
     assert "cosine {:.2f} in place of {:.2f} (`trajectory`".format(*path) in text
@@ -292,7 +292,8 @@ def test_the_rank_correlations_in_the_text_are_those_of_the_stored_rows():
     said = (
         "eigenvalue is {0:+.2f} on FedAvg and {2:+.2f} on FedDyn, of gain and cosine {1:+.2f} and "
     )
-    said += "{3:+.2f}; on photographs (`overfit`, loss, so plus is for flat models) {4:+.2f} and {5:+.2f}."
+    said += "{3:+.2f}; on photographs (`overfit`, loss, so plus is for flat models) {4:+.2f} and "
+    said += "{5:+.2f}."
     assert said.format(*ranks) in " ".join(README.split())
 
 
