@@ -27,7 +27,7 @@ hooks changed, here in the order of a round:
     client   first_memory     what it remembers, before its first round
              start            where its steps begin
     K times  direction        SAM methods only: the ascent direction u                    (sam.py)
-             radius           SAM methods only: the length rho of e
+             radius           SAM methods only: the length rho of e, the same in all K steps
              point            where the gradient g is computed; a SAM method goes to w + e
              correct          makes G of g; SCAFFOLD: g + c - c_i. Then G is clipped
              move             the step itself
@@ -37,11 +37,12 @@ hooks changed, here in the order of a round:
              aggregate        the next global model
              judged           the model that is evaluated, if it is not the global one
 
-Less often: `loss` (what a client minimises), `codec` (another way to make bytes), `fed_back` (names
-of the vectors that error feedback is for), and `exchanges`: names of what a client does in a round,
-in order; "train" is the last. Each ends with an upload. After an earlier one, `mine` holds what the
-server decoded of this client's upload (declare it in `first_memory`), and `received` the mean over
-the clients. `aggregate` gets the mean of "train" only. methods/alignment.py has an example.
+FedAvg and FedSAM below have their arguments. Less often: `loss` (what a client minimises), `codec`
+(another way to make bytes), `fed_back` (names of the vectors that error feedback is for), and
+`exchanges`: names of what a client does in a round, in order; "train" is the last. Each ends with
+an upload. After an earlier one, `mine` holds what the server decoded of this client's upload
+(declare it in `first_memory`), and `received` the mean over the clients. `aggregate` gets the mean
+of "train" only. methods/alignment.py has an example.
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]
