@@ -13,7 +13,7 @@ from codes import elias, tradeoff
 from codes.dithering import Dithering
 from codes.elias import QSGD_Elias, Reader, decode_integers, encode_integers
 from codes.natural import Natural
-from compress import QSGD, Identity, RandK, Sign, TopK, pack, seal, to_bytes, unseal, with_feedback
+from compress import QSGD, Identity, RandK, Sign, TopK, pack, seal, to_bytes, unseal
 from tests.check_compressor import check_compressor
 from tests.toys import f64, seeded
 from tests.toys import normal as randn
@@ -326,21 +326,6 @@ def test_the_ends_of_the_floats_decode_to_finite_numbers(c):
 
 
 @pytest.mark.parametrize("c", ALL, ids=str)
-def test_damaged_buffers_raise_value_error(c):
-    good = c.encode(randn(40).float(), seeded())
-    bad = [good[:-1], good[:3], good[:0], torch.cat([good, good[:1]]), good.float(), good[None]]
-    bad += [None, b"bytes", seal(good[:-5]), seal(good[:-4], good[:1] * 0)]  # one byte off, sealed
-    for place in range(len(good)):
-        bad.append(good.clone())
-        bad[-1][place] ^= 1 << place % 8
-    for buffer in bad:
-        with pytest.raises(ValueError):
-            c.decode(buffer, 40)
-    with pytest.raises(ValueError):
-        c.decode(good, 400)
-
-
-@pytest.mark.parametrize("c", ALL, ids=str)
 def test_forged_buffers_are_refused_or_finite(c):
     good = c.encode(randn(40).float(), seeded())[:-4]
     bodies = [
@@ -375,15 +360,6 @@ ONE, ONES = torch.ones(1), encode_integers(torch.ones(40).long())
 def test_forged_content_is_refused(c, fields):
     with pytest.raises(ValueError, match="damaged"):
         c.decode(seal(*fields), 40)
-
-
-def test_error_feedback_telescopes():
-    c, e, sent, total = Dithering(0.5, False, f64), torch.zeros(20, dtype=f64), 0, 0
-    for t in range(50):
-        x = randn(20, seed=t)
-        buffer, e = with_feedback(c, x, e)
-        sent, total = sent + c.decode(buffer, 20), total + x
-    assert (sent + e - total).abs().max() < 1e-12 * max(1, float(e.norm()))
 
 
 @pytest.mark.parametrize(
@@ -552,6 +528,11 @@ class Lifted(Identity):
         return super().decode(buffer, d) + 1
 
 
+class Longer(Identity):
+    def decode(self, buffer, d):
+        return super().decode(seal(unseal(buffer)[: 4 * d]), d)
+
+
 class Half(Identity):
     def encode(self, x, generator=None):
         return seal(to_bytes(x.half()))
@@ -562,7 +543,7 @@ class Half(Identity):
 
 BROKEN = [
     (Floats, "`encode` makes no uint8 tensor"),
-    (Unsealed, "a buffer with a bit of byte 0 flipped is read"),
+    (Unsealed, "reads a buffer with a bit of byte 0 flipped"),
     (InPlace, "changes x in place"),
     (Hasty, "two buffers differ; draw random numbers from `generator`"),
     (Remembering, "`decode` needs what only `encode` knows"),
@@ -571,6 +552,7 @@ BROKEN = [
     (Doubled, "is 2.25 .*say `contractive = False`"),
     (Shorter, "no finite vector"),
     (Lifted, "zeros do not arrive"),
+    (Longer, "reads a buffer with a byte too many, but sealed"),
     (Half, "numbers around 1e30 arrive as numbers that are not finite"),
 ]
 
