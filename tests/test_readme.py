@@ -215,6 +215,7 @@ DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("levels", "feddyn, three levels - feddyn, 1 bit", "accuracy"),
     ("levels", "fedspeed, three levels - fedspeed, 1 bit", "accuracy"),
     ("levels", "fedavg, three levels, lr 0.1 - fedavg, 1 bit", "accuracy"),
+    ("levels", "feddyn, three levels - feddyn, no compression", "accuracy"),
     ("default", "fedsynsam - fedavg", "eigenvalue"),
     ("tuned", "fedsynsam - fedavg", "accuracy"),
     ("default", "fedsynsam - fedsam", "accuracy"),
