@@ -1056,6 +1056,17 @@ def test_the_notes_say_how_the_search_at_one_class_went():
     assert found["own (FedSAM)"]["settings"]["rho"] == 0.3
 
 
+def test_the_notes_say_which_radius_the_validation_images_choose():
+    (table,) = TABLES["overfit"].values()
+    loss = table.groupby("arm").val_loss.mean()
+    said = report.notes()["overfit"].split("**The radius.**")[1].split("\n\n")[1].splitlines()
+    for line in said[2:]:
+        cells = re.findall(r"(\**)\{([^}]*) - Dir 0.1, fedavg \| test_loss\}", line)
+        arms = {report.arm_called(name, table): bool(bold) for bold, name in cells}
+        assert len(arms) > 1 and [arm for arm in arms if arms[arm]] == [loss[[*arms]].idxmin()]
+    assert len(said) == 6
+
+
 def test_the_notes_say_what_each_direction_has_at_each_learning_rate():
     found = {(e["world"], e["method"]): e for e in tune.entries(RESULTS / "tuned.json")}
     rates, none = onebit.Whose.grids["FedDyn"]["lr"], ("default", "feddyn")
