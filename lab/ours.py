@@ -366,8 +366,8 @@ class Trajectory(Learnt):
 
     The splits of Learnt. Measured is how much of the path w^p ... w^{p+3}, from which the synthesis
     learns, goes along minus the global gradient (`descending` in measures.py), in the ten rounds
-    before the synthesis. A look with seeds 0 and 1 gave the claim, so these runs have others. Three
-    uplinks came later, after a look with the same two seeds, and are not judged.
+    before the synthesis. A look with seeds 0 and 1 gave the claim, so these runs have others. Five
+    uplinks came later, after looks with the same two seeds, and are not judged.
     """
 
     says = (
@@ -381,6 +381,8 @@ class Trajectory(Learnt):
         "one class, no compression": UPLINKS["none"],
         "one class, top 1 %": UPLINKS["top 1 %"],
         "one class, 1 bit, no feedback": Learnt.one_bit | {"error_feedback": "off"},
+        "one class, 1 bit, scale per 512": {"compress": "lab/uplinks.py:BucketSign"},
+        "one class, 1 bit at random": {"compress": "lab/uplinks.py:RandomSign"},
     }
     splits = Learnt.splits | {x: Skew.splits["one class"] | own for x, own in uplinks.items()}
     first_seed = 10

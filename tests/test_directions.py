@@ -1,15 +1,17 @@
-"""methods/ours.py and the trials of lab/directions.py against their formulas, in float64."""
+"""methods/ours.py and the trials of lab/ (directions, uplinks) against their formulas, in float64."""
 
 import pytest
 import torch
 
 import fl
 import sam
-from compress import Identity
+from compress import Identity, Sign
 from lab import directions as D
+from lab import uplinks
 from methods.ours import FedSynSAM_Debiased, FedSynSAM_Descent
 from tests import check_method
-from tests.toys import Linear, f64
+from tests.check_compressor import check_compressor
+from tests.toys import Linear, f64, normal
 
 SMALL = {"warmup": 2, "window": 2, "outer_steps": 3, "inner_steps": 2, "ipc": 1, "lr": 0.3}
 
@@ -130,3 +132,17 @@ def test_before_the_synthesis_they_are_their_parent(M, warmup_method):
 @pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient, D.OnceARound], ids=str)
 def test_trials_keep_the_rules(M):
     check_method.check_method(M)
+
+
+@pytest.mark.parametrize("C", [uplinks.BucketSign, uplinks.RandomSign], ids=str)
+def test_uplinks_of_one_bit_keep_their_word(C):
+    check_compressor(C)
+
+
+def test_a_sign_with_a_scale_for_each_bucket_is_the_sign_of_each_bucket():
+    x, c = normal(11), uplinks.BucketSign(f64, 4)
+    parts = [Sign(f64).decode(Sign(f64).encode(part), len(part)) for part in x.split(4)]
+    assert torch.equal(c.decode(c.encode(x), 11), torch.cat(parts))
+    drawn = uplinks.RandomSign(f64, 4).decode(uplinks.RandomSign(f64, 4).encode(x), 11)
+    sizes = [part.abs().max() for part in x.split(4) for _ in part]
+    assert torch.equal(drawn.abs(), torch.stack(sizes))
