@@ -1,4 +1,4 @@
-"""methods/ours.py and the trials of lab/ (directions, uplinks) against their formulas, in float64."""
+"""methods/ours.py and trials of lab/ (directions, uplinks) against their formulas, in float64."""
 
 import pytest
 import torch
