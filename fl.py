@@ -37,12 +37,12 @@ hooks changed, here in the order of a round:
              aggregate        the next global model
              judged           the model that is evaluated, if it is not the global one
 
-FedAvg and FedSAM below have their arguments. Less often: `loss` (what a client minimises), `codec`
-(another way to make bytes), `fed_back` (names of the vectors that error feedback is for), and
-`exchanges`: names of what a client does in a round, in order; "train" is the last. Each ends with
-an upload. After an earlier one, `mine` holds what the server decoded of this client's upload
-(declare it in `first_memory`), and `received` the mean over the clients. `aggregate` gets the mean
-of "train" only. methods/alignment.py has an example.
+The classes FedAvg and FedSAM below show the arguments of the hooks. Less often: `loss` (what a
+client minimises), `codec` (another way to make bytes), `fed_back` (names of the vectors that error
+feedback is for), and `exchanges`: names of what a client does in a round, in order; "train" is the
+last. Each ends with an upload. After an earlier one, `mine` holds what the server decoded of this
+client's upload (declare it in `first_memory`), and `received` the mean over the clients.
+`aggregate` gets the mean of "train" only. methods/alignment.py has an example.
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]

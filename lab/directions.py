@@ -93,19 +93,9 @@ class OnceARound(Oracle):
     FedLESAM's last update is an estimate of it. So many images cost little here.
     """
 
-    def prepare(self, t, w):
-        news = super().prepare(t, w)
-        chunks = self.peeked.split(500)
-        sums = [len(chunk) * self.gradient(w, chunk) for chunk in chunks]
-        self.state = self.state | {"true": torch.stack(sums).sum(0) / len(self.peeked)}
-        return news
-
-    def first_state(self):
-        return super().first_state() | {"true": None}
-
     def broadcast(self, w):
-        true = self.state["true"]
-        return super().broadcast(w) | ({} if true is None else {"true": true})
+        sums = [len(chunk) * self.gradient(w, chunk) for chunk in self.peeked.split(500)]
+        return super().broadcast(w) | {"true": torch.stack(sums).sum(0) / len(self.peeked)}
 
     def direction(self, w, batch, received, mine):
         return received["true"]

@@ -181,7 +181,8 @@ AGAINST = {"cos_used": "cosine to the true gradient", "eigenvalue": "top eigenva
 def draw_against(path, claim, table, gain="accuracy"):
     """Gain over the baseline against each of AGAINST: an arm is a point with its 95 % t-interval.
 
-    A row for each split. What claim.apart matches is named under the picture instead.
+    A row for each split. Arms that claim.apart, a regular expression, finds are named under the
+    picture instead.
     """
     found, words = gains_against(claim, table, gain), []
     splits = found.split.unique()

@@ -501,11 +501,10 @@ class Levels(Default):
         return found
 
     def searches(self):
-        (common,), ((uplink, grid),), found = self.tasks().values(), self.grids.items(), {}
+        (common,), found = self.tasks().values(), {}
         for algo in self.methods:
-            own = self.settings(algo, uplink)
-            own.pop("lr", None)
-            found[uplink, algo] = study.fitting(common, own), grid, self.tuning_seeds
+            own = study.fitting(common, self.settings(algo, "three levels"))
+            found["three levels", algo] = own, self.grids["three levels"], self.tuning_seeds
         return found
 
     def baseline(self, arm):

@@ -1067,6 +1067,15 @@ def test_the_notes_say_which_radius_the_validation_images_choose():
     assert len(said) == 6
 
 
+def test_the_notes_say_which_learning_rates_three_levels_got():
+    arms, said = onebit.Levels("cpu").arms(""), " ".join(report.notes()["levels"].split())
+    fedavg, synthetic, *others = (
+        arms[f"{algo}, three levels"]["lr"] for algo in onebit.Levels.methods
+    )
+    rates = f"chose {fedavg} for FedAvg, {synthetic} for FedSynSAM and {others[0]} for the others."
+    assert rates in said and len(set(others)) == 1
+
+
 def test_the_notes_say_what_each_direction_has_at_each_learning_rate():
     found = {(e["world"], e["method"]): e for e in tune.entries(RESULTS / "tuned.json")}
     rates, none = onebit.Whose.grids["FedDyn"]["lr"], ("default", "feddyn")

@@ -338,9 +338,8 @@ def test_stress_tolerance_changes_nothing_if_all_behave():
 def test_stress_clients_that_misbehave_are_as_if_they_were_not_there(algo):
     M = find("algo", algo)
     with_them, without = rounds_of(Misbehaving, M, 12), rounds_of(Absent, M, 12)
-    assert torch.equal(with_them.w, without.w) and check_method.same(
-        with_them.memory, without.memory
-    )
+    assert torch.equal(with_them.w, without.w)
+    assert check_method.same(with_them.memory, without.memory)
     assert check_method.same(with_them.method.state, without.method.state)
     assert with_them.bytes_up == without.bytes_up
 
