@@ -212,6 +212,8 @@ class Overfit(Skew):
             "algo": "lab/directions.py:OnceARound",
             "oracle_images": 10000,
         },
+        "true of 500 images": {"algo": "lab/directions.py:ManyImages", "oracle_images": 500},
+        "synthetic, 5 a class": synthetic | {"ipc": 5, "outer_steps": 800},
     }
     directions |= trials
     judged_by = ("test_loss", -1)
