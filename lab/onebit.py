@@ -210,7 +210,8 @@ class Whose(Claim):
 
     Last came six directions with the settings of the true one ("as true"): on FedDyn the searches
     chose three learning rates, and a rate moves accuracy and flatness alike. With one rate and one
-    radius, does the gain go with the cosine or with the flatness? This is shown, and not judged.
+    radius, does the gain go with the cosine or with the flatness? Then the true direction of ten
+    images only, one of each class: half of what is synthesised. Both are shown, and not judged.
     """
 
     says = (
@@ -258,10 +259,12 @@ class Whose(Claim):
         "whole client, as true": directions["whole client"],
         "another client, as true": directions["another client"],
         "random, as true": directions["random"],
+        "true of 10 images (oracle)": directions["true (oracle)"],
     }
     like = {x: "true (oracle)" for x in directions if "as true" in x or x.startswith("synthetic, ")}
-    like |= {"negative": "own (FedSAM)"}
+    like |= {"true of 10 images (oracle)": "true (oracle)", "negative": "own (FedSAM)"}
     changes = {
+        "true of 10 images (oracle)": {"oracle_images": 10},
         "synthetic, not learnt": {"outer_steps": 1},
         "synthetic, anew every 20": {"resynthesize": 20},
         "whole client": {"visit": "threads"},  # vmap refuses these two
