@@ -40,12 +40,11 @@ from compress import (
     seal,
     to_bytes,
     unpack,
-    unseal,
     with_feedback,
 )
 from fl import SCAFFOLD, DynaFed, FedAvg, FedLESAM, FedSAM, FedSynSAM
 from tests import toys
-from tests.check_compressor import check_compressor
+from tests.check_compressor import check_compressor, check_damage, check_forgery
 from tests.check_method import check_method
 from tests.toys import f64, seeded, symmetric
 from tests.toys import normal as randn
@@ -389,38 +388,17 @@ def test_compress_sign_error_is_exactly_its_constant():
 
 @pytest.mark.parametrize("c", COMPRESSORS, ids=str)
 def test_compress_damaged_buffers_raise_value_error(c):
-    good = c.encode(randn(40).float(), seeded())
-    bad = [good[:-1], good[:3], good[:0], torch.cat([good, good[:1]]), good.float(), good[None]]
-    bad += [None, b"bytes", seal(good[:-5]), seal(good[:-4], good[:1] * 0)]  # one byte off, sealed
-    for place in range(len(good)):
-        flipped = good.clone()
-        flipped[place] ^= 1 << place % 8
-        bad.append(flipped)
-    for buffer in bad:
-        with pytest.raises(ValueError):
-            c.decode(buffer, 40)
+    x = randn(40).float()
+    check_damage(c, x)
     with pytest.raises(ValueError, match="checksum"):
-        unseal(good[:0])
+        c.decode(c.encode(x, seeded())[:0], 40)
     with pytest.raises(ValueError):  # the right buffer, a wrong d
-        c.decode(good, 6 if isinstance(c, RandK) else 400)
+        c.decode(c.encode(x, seeded()), 6 if isinstance(c, RandK) else 400)
 
 
 @pytest.mark.parametrize("c", COMPRESSORS, ids=str)
 def test_compress_forged_buffers_are_refused_or_finite(c):
-    good = c.encode(randn(40).float(), seeded())[:-4]
-    bodies = [
-        torch.randint(0, 256, good.shape, generator=seeded(seed), dtype=torch.uint8)
-        for seed in range(200)
-    ]
-    for bit in range(8 * len(good)):  # a true buffer with one bit changed
-        bodies.append(good.clone())
-        bodies[-1][bit // 8] ^= 1 << bit % 8
-    bodies += [good[:n] for n in range(len(good))]
-    for body in bodies:
-        try:
-            assert c.decode(seal(body), 40).isfinite().all()
-        except ValueError:
-            pass
+    check_forgery(c, randn(40).float())
 
 
 ONE = torch.ones(7)

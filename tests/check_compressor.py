@@ -8,6 +8,7 @@ It checks what compress.py asks of every compressor, with the default settings:
                 leaves x as it was
     decoding    `decode` needs nothing but the buffer and d, and gives a finite vector [d]
     damage      a bit that is flipped, a byte too many or too few is a ValueError (`seal`, `unseal`)
+    forgery     other bytes with a true checksum are a ValueError, or finite numbers
     zeros       zeros arrive as zeros
     large       large numbers arrive as finite ones
     unbiased    unless the class says `unbiased = False`, the mean of many x_hat is x. A biased
@@ -29,7 +30,8 @@ def check_compressor(C):
     """Raises AssertionError with a sentence that says what the class C does not keep."""
     x = torch.randn(60, generator=seeded(0))
     check_bytes(C, x)
-    check_damage(C, x)
+    check_damage(C(), x)
+    check_forgery(C(), x)
     check_error(C, x)
 
 
@@ -64,21 +66,44 @@ def through(C, x, seed=1):
     return C().decode(C().encode(x, seeded(seed)), len(x)).to(x.dtype)
 
 
-def check_damage(C, x):
-    buffer = C().encode(x, seeded(1))
-    bad = {"text in its place": b"text", "a byte too few, but sealed": compress.seal(buffer[:-5])}
+def check_damage(c, x):
+    buffer = c.encode(x, seeded(1))
+    bad = {"text in its place": b"text", "floats in it": buffer.float()}
+    bad |= {"two dimensions": buffer[None], "a byte too many": torch.cat([buffer, buffer[:1]])}
     bad |= {"a byte too many, but sealed": compress.seal(buffer[:-4], buffer[:1] * 0)}
+    bad |= {"a byte too few, but sealed": compress.seal(buffer[:-5])}
     for place in range(len(buffer)):
         flipped = buffer.clone()
         flipped[place] ^= 1 << place % 8
         bad |= {f"a bit of byte {place} flipped": flipped, f"{place} bytes only": buffer[:place]}
     for what, damaged in bad.items():
-        try:
-            C().decode(damaged, len(x))
-        except ValueError:
-            continue
         how = "use compress.seal and unseal, and compress.expect the length of each field"
-        raise AssertionError(f"{C.__name__}: `decode` reads a buffer with {what}; {how}")
+        said = f"{type(c).__name__}: `decode` reads a buffer with {what}; {how}"
+        assert read(c, damaged, x) is None, said
+
+
+def check_forgery(c, x):
+    body = c.encode(x, seeded(1))[:-4]
+    forged = [body[:n] for n in range(len(body))]
+    for seed in range(200):
+        forged.append(torch.randint(256, body.shape, generator=seeded(seed), dtype=torch.uint8))
+    for bit in range(8 * len(body)):
+        forged.append(body.clone())
+        forged[-1][bit // 8] ^= 1 << bit % 8
+    for other in forged:
+        x_hat = read(c, compress.seal(other), x)
+        assert x_hat is None or x_hat.isfinite().all(), (
+            f"{type(c).__name__}: `decode` makes numbers that are not finite of a forged buffer; "
+            "raise ValueError if a field holds what `encode` never writes"
+        )
+
+
+def read(c, buffer, x):
+    """What c decodes, or None if it raises ValueError."""
+    try:
+        return c.decode(buffer, len(x))
+    except ValueError:
+        return None
 
 
 def check_error(C, x):
