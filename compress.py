@@ -3,7 +3,7 @@
 In federated learning a client sends its update over a slow uplink, so it sends less than it
 computed. A compressor is a pair, `encode(x) -> buffer` and `decode(buffer, d) -> x_hat`. A buffer
 is a uint8 tensor of really packed bits. The server sees buffers only, and a message costs
-len(buffer) bytes.
+len(buffer) bytes. Shapes stand in brackets: x [d] has d entries, and [] is a single number.
 
     name      what x_hat is                      E x_hat  E||x_hat - x||^2       bits
     identity  x                                  x        0                      32 d
@@ -336,7 +336,7 @@ class QSGD:
 class Sign:
     """One bit a coordinate, and the mean magnitude: x_hat = (||x||_1 / d) sign(x).
 
-    ||x_hat - x||^2 = ||x||^2 - ||x||_1^2 / d if no x_j is 0 (a zero counts as plus).
+    ||x_hat - x||^2 = ||x||^2 - ||x||_1^2 / d. A zero counts as plus.
 
     Fields: ||x||_1 / d as a float; d signs of one bit, 1 for minus.
     Source: Karimireddy et al. 2019.

@@ -31,7 +31,7 @@ hooks changed, here in the order of a round:
              point            where the gradient g is computed; a SAM method goes to w + e
              correct          makes G of g; SCAFFOLD: g + c - c_i. Then G is clipped
              move             the step itself
-             upload           what it sends
+    client   upload           what it sends, after the K steps
              remember         what it remembers, once it knows what the server decoded
     server   collect          what is averaged, made of the decoded upload of a client
              aggregate        the next global model
@@ -39,15 +39,13 @@ hooks changed, here in the order of a round:
 
 The classes FedAvg and FedSAM below show the arguments of the hooks. Less often: `loss` (what a
 client minimises), `codec` (another way to make bytes), `fed_back` (names of the vectors that error
-feedback is for), and `exchanges`: names of what a client does in a round, in order; "train" is the
-last. Each ends with an upload. After an earlier one, `mine` holds what the server decoded of this
-client's upload (declare it in `first_memory`), and `received` the mean over the clients.
-`aggregate` gets the mean of "train" only. methods/alignment.py has an example.
+feedback is for), and `exchanges`, for methods whose clients upload something before training, too
+(methods/alignment.py). CONTRIBUTING.md has the rules for a method of your own.
 
 Notation
     w, w^t    model during local steps, global model of round t                                [d]
     g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
-    u         ascent direction of SAM                                                          [d]
+    u, e      ascent direction of SAM, and its step e = rho u / ||u||                          [d]
     update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
     lr_sum    K lr: -update / lr_sum is a mean G, weight decay included; a tensor under vmap
     received  what a client got: `broadcast`, `broadcast_once`, the mean of an earlier exchange
@@ -56,29 +54,6 @@ Notation
     mean      the mean over the clients of what `collect` made of it
 The last four are dicts {name: tensor}.
 
-Rules for a new method
-    * Call super() in a hook and add to it; only `direction`, `radius`, `point`, `move`, `loss` and
-      `codec` may be replaced. Then methods combine: `class FedGAMMA(FedSAM, SCAFFOLD)` needs no
-      body. Where both parents replace a hook, the left one counts.
-    * Add names of your own to what is sent, collected, kept and remembered. "update" belongs to all
-      parents: FedDyn sums it up. So send another vector [d], or collect another tensor, beside it,
-      and in `aggregate` pass `mean` on to super() as it is. If `start` begins at w^t + v, `upload`
-      subtracts v, so that "update" is the sum of the steps.
-    * On a client, never read self.state. What the server keeps reaches a client through
-      `broadcast`, so that its bytes count, and is in `received`. Clients do not know t either: the
-      server learns it in `prepare`, and sends what depends on it. Clients know lr for free.
-    * Never change `mine`, self.state's dict or a tensor in place; make a new one. `first_memory`
-      declares all names that `mine` will ever have, with their shapes.
-    * Under vmap (scale/visits.py) all clients are computed at once, and those with fewer steps get
-      empty batches. So no `if` on the value of a tensor, no `train` of your own, and nothing
-      that depends on len(batches).
-    * lr_sum assumes that `move` is w - lr G: SCAFFOLD and FedCM do not fit other moves (Adam).
-    * self.state is what a checkpoint saves of a method, so keep nothing of the server elsewhere.
-
-`python -m pytest test_all.py --method mine.py:MyMethod` checks a method against these rules. If the
-class says `off = {"rho": 0.0}`, it must, with these settings, take the steps of one of its parents,
-bit for bit, and with the defaults other steps.
-
 A task says what is learnt (vision/task.py for images; tests/toys.py has quadratics):
     w0, sizes                 first model [d]; number of images of each of the N clients
     plan(client, generator)   the batches of one round -> [K, B, 4]; a row is one image: its index,
@@ -86,7 +61,7 @@ A task says what is learnt (vision/task.py for images; tests/toys.py has quadrat
     loss(w, batch)            mean loss over the images of batch [B, 4], 0 if there are none -> []
     steps(client)             K
     apply(w, x)               class scores of images x
-and for some methods also image_shape, classes, shapes, weights, examples, everything, balanced.
+and for some methods more: see vision/task.py.
 
 Sources: FedAvg, McMahan et al. 2017, Algorithm 1. SCAFFOLD, Karimireddy et al. 2020, option II.
 FedSAM, Qu et al. 2022, Caldarola et al. 2022. FedLESAM, Fan et al. 2024. DynaFed, Pi et al. 2023.
@@ -248,9 +223,10 @@ class SCAFFOLD(FedAvg):
     directions g + c - c_i, so c_i' is the mean of the K gradients g. c is always the mean of the
     c_i of all N clients, weighted as `average` says.
     With variate below 1, c - c_i grows until variate (c - c_i) is the full correction: later, not
-    smaller.
-    Error feedback is for the update only. An error that compression makes in c_i is repaired in
-    the next round, since the update then contains c - c_i.
+    smaller. As in Algorithm 1 both vectors are sent, although here the server could compute the
+    second one from the first.
+    Error feedback is for the update only. The next change of c_i is the mean of the gradients g
+    minus the c_i that client and server hold, so it repairs what compression did to c_i.
     """
 
     variate: Annotated[float, "factor of c - c_i; 0: no correction", 0, None] = 1.0

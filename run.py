@@ -152,11 +152,11 @@ def compose(settings):
     m, N = settings["participation"], len(clients)  # the data may bring its own clients
     if m > N:
         raise ValueError(f"participation = {m} is out of range; it must be in 1..{N} clients")
-    learnt = task.Images(model, images.train, clients, **of(task.Images))
+    images_task = task.Images(model, images.train, clients, **of(task.Images))
     compressor = compressor(**of(compressor))
     compressor.encode(model.w0)  # k of top-k, for instance, may not fit
     visitor, how = visitor_of(settings, device)
-    method = method(learnt, seed, **of(method))
+    method = method(images_task, seed, **of(method))
     return visitor(method, compressor, **of(fl.Federation), **how), images
 
 
@@ -183,10 +183,11 @@ def experiment(folder=None, *, watch=None, **settings):
     federation, images = compose(settings)
     config = described(settings, images)
     sample = measured_images(images.train, settings["measure_images"])
+    # place: the folder; a temporary one if there is none, or in other processes of a torchrun
     with workplace(folder) as place, explained(owners(settings), settings):
         agree(place / "config.json", config)
-        # other processes of a torchrun read the folder, too, but write elsewhere
         log, seconds = restore(folder or place, federation, config["hash"])
+        # log.jsonl may hold rounds after the checkpoint
         write(place / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         began = time.perf_counter() - seconds
         todo = range(federation.t, settings["rounds"])
@@ -311,11 +312,11 @@ def runs_of(given, seeds=1):
 
     `--algo fedavg fedsam --rho 0.05` is fine, although FedAvg has no rho.
     """
-    runs, several = {}, len(given.get("compress", ())) > 1
+    runs, several_codes = {}, len(given.get("compress", ())) > 1
     for pair in pairs_of(given):
         known = {name for part in owners(given | pair) for name in settings_of(part)}
         mine = {name: value for name, value in (given | pair).items() if name in known}
-        arm = short(pair["algo"]) + (f"-{short(pair['compress'])}" if several else "")
+        arm = short(pair["algo"]) + (f"-{short(pair['compress'])}" if several_codes else "")
         first = mine.get("seed", Run.seed)
         for seed in range(first, first + seeds):
             label = f"{arm}-s{seed}"
@@ -335,9 +336,9 @@ def compare(folder, runs):
     code: 1 if one failed.
     """
     results, logs, failed = {}, {}, 0  # {arm: [one for each seed]}
-    several = len({settings["compress"] for settings in runs.values()}) > 1
+    several_codes = len({settings["compress"] for settings in runs.values()}) > 1
     for name, settings in runs.items():
-        arm = settings["algo"] + (f", {settings['compress']}" if several else "")
+        arm = settings["algo"] + (f", {settings['compress']}" if several_codes else "")
         try:
             outcome = experiment(folder and folder / name, **settings)
             results.setdefault(arm, []).append(outcome.result)
@@ -402,7 +403,7 @@ def job_of(given):
         runs = {label: quick(settings, given) for label, settings in runs.items()}
     several = len(runs) > 1
     for settings in {(own["algo"], own["compress"]): own for own in runs.values()}.values():
-        compose(settings)  # so that wrong input is found before a folder is made
+        compose(settings)  # one seed of each, so that wrong input is found before a folder is made
     if first_rank():
         folder = new_folder(root, name, "comparison" if several else next(iter(runs)))
         if several:

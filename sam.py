@@ -77,11 +77,14 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
     """The largest eigenvalue of a symmetric matrix, given as a function v [d] -> H v [d].
 
     Lanczos iteration: q_0, q_1, ... is an orthonormal basis of span{v, H v, H^2 v, ...}, and in
-    this basis H is a tridiagonal matrix T. The largest eigenvalue of T tends to that of H. The
-    iteration stops when ||H y - value y|| <= tolerance * |value| for the eigenvector y that belongs
-    to it, or after `steps` products, and keeps steps * d numbers. A small residual says that an
-    eigenvalue is near; that it is the largest is likely, since the start is random, and not
-    certain.
+    this basis H is a tridiagonal matrix T, whose largest eigenvalue tends to that of H. Let s be
+    the eigenvector of T that belongs to it. The Ritz vector y = sum_j s_j q_j has the residual
+
+        ||H y - value y|| = (last entry beside the diagonal of T) * |last entry of s|
+
+    which needs no further product. The iteration stops when it is at most tolerance * |value|, or
+    after `steps` products, and keeps steps * d numbers. A small residual says that an eigenvalue is
+    near; that it is the largest is likely, since the start is random, and not certain.
     like [d]: a vector of the type and on the device that are wanted.
 
     "Largest" respects the sign: -3 is smaller than 1. PyHessian's power iteration reports the

@@ -1,8 +1,9 @@
 """Synthetic data: a few images on which training takes the same path as the federation did.
 
 The server of a federation sees no images. But it sees its own model move, w^0, w^1, w^2, ..., and
-this trajectory was made by the images of the clients. Trajectory matching looks for synthetic data
-D = (X, Y) on which plain gradient descent follows a piece of the trajectory:
+this trajectory was made by the images of the clients. Trajectory matching, a way of dataset
+distillation, looks for synthetic data D = (X, Y) on which plain gradient descent follows a piece of
+the trajectory:
 
     theta_0 = w^p                                      p is drawn at random
     theta_{j+1} = theta_j - a grad l(theta_j; X, Y)    j = 0 ... M - 1          (`unroll`)
@@ -19,8 +20,7 @@ exactly there.
                  of the global loss, and so of the ascent direction of SAM
 
 The soft cross-entropy l sums over classes. The released code of DynaFed takes the mean over them,
-so with 10 classes its step size 0.04 is 0.004 here, and its Adam rate of the step size, 1e-5, is
-1e-6 here.
+so its step sizes are others here (lab/presets.py).
 
 Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878) and its released code. Trajectory matching,
 Cazenavette et al. 2022.
@@ -138,17 +138,17 @@ def first_guess(settings, image_shape, classes, generator, like):
 
 def synthesize(task, trajectory, settings, generator):
     """Learn D from the trajectory, a list of vectors [d]: (Synthetic, outer_steps values of L)."""
-    c, apply = settings, task.apply
+    window, average, M = settings.window, settings.average_targets, settings.inner_steps
 
-    def loss_of(synthetic, _):
-        start, target = draw_segment(trajectory, c.window, c.average_targets, generator)
+    def loss_of(synthetic, s):
+        start, target = draw_segment(trajectory, window, average, generator)
         X, Y, a = synthetic
-        views = (augmented(X, generator) if c.syn_augment else X for _ in range(c.inner_steps))
-        return matching_loss(unroll(apply, start, ((x, Y) for x in views), a), start, target)
+        views = (augmented(X, generator) if settings.syn_augment else X for _ in range(M))
+        return matching_loss(unroll(task.apply, start, ((x, Y) for x in views), a), start, target)
 
-    guess = first_guess(c, task.image_shape, task.classes, generator, trajectory[0])
-    rates = (c.rate_images, c.rate_labels, c.rate_step)
-    return learn(loss_of, guess, c.outer_steps, rates)
+    guess = first_guess(settings, task.image_shape, task.classes, generator, trajectory[0])
+    rates = (settings.rate_images, settings.rate_labels, settings.rate_step)
+    return learn(loss_of, guess, settings.outer_steps, rates)
 
 
 def learn(loss_of, guess, steps, rates):

@@ -1,7 +1,7 @@
 """The theorems of the book, chapter by chapter; those of the folders are in tests/.
 
 It opens with a round of federated learning in plain PyTorch, which fl.py must reproduce. Then every
-method is checked against the rules at the top of fl.py, and against its parent: with its own term
+method is checked against the rules (CONTRIBUTING.md), and against its parent: with its own term
 off, both are the same. Then come the chapters, in the order in which they are read.
 
     python -m pytest -q test_all.py                                all of this file

@@ -11,7 +11,8 @@ decoded, and so does the client (`remember`): h stays the mean of the h_i with e
 Combined with SAM they are in methods/combinations.py.
 
 "FL-Simulator" is the released code of FedSpeed and FedSMOO, which holds most of the methods here.
-As there, G is clipped with all that was added to it, and weight decay is added afterwards.
+G is clipped with all that was added to it, and weight decay is added afterwards. FL-Simulator does
+the same, but it treats prox w as weight decay, too; this is prox_clip = False.
 
 Sources: FedProx, Li et al. 2020. FedDyn, Acar et al. 2021. FedCM, Xu et al. 2021.
 """
@@ -26,8 +27,7 @@ from fl import FedAvg
 class FedProx(FedAvg):
     """FedAvg, but G = g + prox (w - w^t): the client minimises F_i(w) + prox/2 ||w - w^t||^2.
 
-    One gradient a step. The second part is the proximal term. FL-Simulator treats prox w as weight
-    decay, so only g - prox w^t is clipped; this is prox_clip = False.
+    One gradient a step. The second part is the proximal term.
     Source: Li et al. 2020.
     """
 

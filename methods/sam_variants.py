@@ -42,8 +42,9 @@ class FedLESAM_Server(FedSAM):
 class FedASAM(FedSAM):
     """FedSAM, but e = rho T^2 u / ||T u||, where T = |w| + asam_eta for weights, and 1 for biases.
 
-    Two gradients a step. A network that is rescaled without changing its scores is perturbed in
-    the same way. rho is not comparable with FedSAM's: the code's CIFAR-10 script has rho 0.7.
+    Two gradients a step. With asam_eta = 0, a ReLU network without biases that is rescaled, its
+    scores unchanged, is perturbed in the same way. rho is not comparable with FedSAM's: the code's
+    CIFAR-10 script has rho 0.7.
     Source: Caldarola et al. 2022, released code; Kwon et al. 2021.
     """
 

@@ -1,4 +1,4 @@
-"""check_method(M): does a method, also one of your own, keep the rules of fl.py?
+"""check_method(M): does a method, also one of your own, keep the rules of CONTRIBUTING.md?
 
     python -m pytest test_all.py --method mine.py:MyMethod
 

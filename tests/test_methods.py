@@ -96,7 +96,7 @@ def message_bytes(settings, image_shape, classes, dtype=torch.float32):
     return dtype.itemsize * (1 + count * classes) + images + 4
 
 
-# ------------------------------------------------------------------------------ the rules of fl.py
+# -------------------------------------------------------------------------------------- the rules
 
 
 BOOK = (FedAvg, SCAFFOLD, FedSAM, FedLESAM, Distilling, DynaFed, FedSynSAM)
