@@ -219,6 +219,7 @@ DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("tuned", "fedsynsam - fedavg", "accuracy"),
     ("default", "fedsynsam - fedsam", "accuracy"),
     ("whose", "FedAvg, synthetic - FedAvg, synthetic, not learnt", "accuracy"),
+    ("whose", "FedDyn, true of 10 images - FedDyn, none", "accuracy"),
     ("default", "oracle+feddyn - fedsynsam-d", "accuracy"),
     ("default", "oracle - fedsynsam", "accuracy"),
     ("whose", "FedDyn, own - FedDyn, none", "accuracy"),
