@@ -464,7 +464,8 @@ class Levels(Default):
     It was stopped after seven runs at first, which took over the learning rate, too: FedAvg with
     three levels then falls behind, as with 2 bits in `default`. These runs have other seeds. With
     two of them FedAvg fails at the learning rate that was found, so one arm with another one came
-    last, and FedDyn without compression, with the rate of three levels. They are not judged.
+    last, and FedDyn without compression and with three other codes, with the rate of three levels.
+    They are not judged.
     """
 
     says = (
@@ -481,6 +482,11 @@ class Levels(Default):
         "three levels": {"compress": "qsgd-elias", "levels": 1},
     }
     late = "fedavg, three levels, lr 0.1", "feddyn, no compression"
+    codes = {
+        "feddyn, dithering": {"compress": "dithering"},
+        "feddyn, natural": {"compress": "natural"},
+        "feddyn, top 1 %, feedback": {"compress": "topk", "k": 0.01, "error_feedback": "on"},
+    }
     grids = {"three levels": {"lr": (0.1, 0.2, 0.4, 0.8)}}
 
     def settings(self, algo, uplink):
@@ -501,7 +507,7 @@ class Levels(Default):
         fedavg, feddyn = (self.settings(x, "1 bit") | {"lr": 0.1} for x in ("fedavg", "feddyn"))
         found[self.late[0]] = fedavg | self.uplinks["three levels"]
         found[self.late[1]] = feddyn | UPLINKS["none"]
-        return found
+        return found | {arm: feddyn | own for arm, own in self.codes.items()}
 
     def searches(self):
         (common,), found = self.tasks().values(), {}
@@ -528,6 +534,7 @@ class Levels(Default):
             ("three levels minus 1 bit", self.late[0], "fedavg, 1 bit"),
             ("three levels minus none", "feddyn, three levels", self.late[1]),
             ("the uplink against the ascent", "feddyn, three levels", "fedspeed, 1 bit"),
+            *(("another code minus none", arm, self.late[1]) for arm in self.codes),
         )
         for measure in ("accuracy", "eigenvalue", "mean_model"):
             found += [rule(*pair, measure, 0) for pair in pairs]
