@@ -131,5 +131,5 @@ def explained(owners, settings):
         declared = [item for part in owners for item in settings_of(part).items()]
         floats = {name for name, s in declared if s.type is float and settings[name] != s.default}
         chosen = ", ".join(f"{name} = {settings[name]:g}" for name in sorted(floats))
-        more = f"not the defaults: {chosen}" if chosen else "all settings of type float: defaults"
+        more = f"not the defaults: {chosen}" if chosen else "try a smaller lr"
         raise FloatingPointError(f"{error}; {more}") from None

@@ -5,7 +5,8 @@
 It runs M on a tiny classifier whose clients have unequal numbers of images and steps, with short
 batches, m = 3 of N = 5 clients in a round and QSGD on the wire. Every failure says what to mend.
 
-    names                no hook is misspelt, and run.py sees every setting
+    names                no hook is misspelt, run.py sees every setting, and no other method keeps
+                         or sends something of the same name
     the rules            a client sees only what it received; nothing is changed in place; the names
                          in a client's memory are those of first_memory; the server keeps nothing
                          outside of self.state; "update" is the sum of the steps
@@ -34,8 +35,9 @@ from typing import Annotated, get_origin
 import torch
 
 from compress import QSGD
-from fl import SCAFFOLD, Federation
+from fl import SCAFFOLD, FedAvg, Federation
 from methods.drift import FedDyn
+from plumbing.settings import parts
 from scale.visits import Ranks, Threads, Vmap
 from tests.toys import Linear, f64
 
@@ -54,6 +56,7 @@ def check_method(M, off=None):
     """
     check_names(M)
     check_rules(M)
+    check_taken(M)
     check_threads(M)
     check_ranks(M)
     check_vmap(M)
@@ -86,6 +89,31 @@ def check_arguments(M, name, hook):
     ours, theirs = ([*inspect.signature(f).parameters] for f in (vars(M)[name], hook))
     words = f"{name}({', '.join(ours)}), but the hook is {name}({', '.join(theirs)})"
     assert ours[: len(theirs)] == theirs, f"{M.__name__} has {words}"
+
+
+def check_taken(M):
+    """What M keeps or sends has no name of another method: combined, one would lose its own."""
+    for other in parts("algo").values():
+        if not (issubclass(M, other) or issubclass(other, M)):
+            for place, names in introduced(M).items():
+                both = ", ".join(sorted(names & introduced(other)[place]))
+                text = f"{M.__name__}: {place} holds {both}, as that of {other.__name__} does"
+                assert not both, f"{text}; combined, one would lose its own. Choose another name"
+
+
+@functools.cache
+def introduced(M):
+    """The names that M adds to those of its parents: {place: set}."""
+    parents = [names_of(P) for P in M.__mro__[1:] if issubclass(P, FedAvg)]
+    return {place: x.difference(*(p[place] for p in parents)) for place, x in names_of(M).items()}
+
+
+@functools.cache
+def names_of(M):
+    f = federation(M)
+    received = f.send_down(range(1))
+    memory = set(f.method.first_memory(received))
+    return {"self.state": set(f.method.state), "`mine`": memory, "`received`": set(received)}
 
 
 # ------------------------------------------------------------------------------------- a small run

@@ -535,7 +535,28 @@ class Half(Identity):
         return unseal(buffer).clone().view(torch.float16).float()
 
 
+class OneScale(Sign):
+    """It makes a scale for each 256 numbers, and reads the first one only."""
+
+    def encode(self, x, generator=None):
+        return seal(*(unseal(super(OneScale, self).encode(part)) for part in x.split(256)))
+
+    def decode(self, buffer, d):
+        parts = unseal(buffer).split(4 + 256 // 8)
+        first = parts[0][:4]
+        sizes = [len(part) for part in torch.empty(d).split(256)]
+        decode = super().decode
+        return torch.cat([decode(seal(first, p[4:]), n) for p, n in zip(parts, sizes)])
+
+
+class Unwrapped(Identity):
+    def decode(self, buffer, d):
+        return buffer[:-4].clone().view(torch.float32)[:d]
+
+
 BROKEN = [
+    (OneScale, "so error feedback does not fit"),
+    (Unwrapped, "a damaged buffer ends in AttributeError.*use compress.seal"),
     (Floats, "`encode` makes no uint8 tensor"),
     (Unsealed, "reads a buffer with floats in it"),
     (InPlace, "changes x in place"),

@@ -493,7 +493,13 @@ class WithoutMeaning(FedAvg):
     beta: float = 0.5
 
 
+class Taken(FedAvg):
+    def first_state(self):
+        return super().first_state() | {"momentum": torch.zeros_like(self.task.w0)}
+
+
 BROKEN = [
+    (Taken, "Taken: self.state holds momentum, as that of FedCM does"),
     (Misspelt, "Misspelt: corect is no hook; did you mean correct?"),
     (Shorter, "Shorter has move.self, w, G, lr., but the hook is move.self, w, G, mine, lr."),
     (Numbered, "the memory of a client is {'k': 1}, but `first_memory` declares {}"),
