@@ -20,7 +20,7 @@ exactly there.
                  of the global loss, and so of the ascent direction of SAM
 
 The soft cross-entropy l sums over classes. The released code of DynaFed takes the mean over them,
-so its step sizes are others here (lab/presets.py).
+so with 10 classes its step sizes are a tenth as large here (lab/presets.py).
 
 Sources: DynaFed, Pi et al. 2023 (arXiv 2211.10878) and its released code. Trajectory matching,
 Cazenavette et al. 2022.

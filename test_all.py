@@ -392,6 +392,8 @@ def test_compress_damaged_buffers_raise_value_error(c):
     check_damage(c, x)
     with pytest.raises(ValueError, match="checksum"):
         c.decode(c.encode(x, seeded())[:0], 40)
+    with pytest.raises(ValueError):
+        c.decode(None, 40)
     with pytest.raises(ValueError):  # the right buffer, a wrong d
         c.decode(c.encode(x, seeded()), 6 if isinstance(c, RandK) else 400)
 

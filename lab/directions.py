@@ -10,7 +10,7 @@ All are FedSAM, the gradient at w + rho u / ||u||, with another u:
     Negative         minus the own gradient
     Random           random numbers
     OnceARound       the true gradient at w^t, on images of all clients; they peek
-    ManyImages       the true gradient of every step, on as many of them
+    ManyImages       the true gradient at every step, in bfloat16, for many images; they peek
 
 All run in the plain loop and in threads; WholeClient and Random do not run under vmap. Two trials
 that won are methods now (methods/ours.py).
@@ -103,7 +103,7 @@ class OnceARound(Oracle):
 
 
 class ManyImages(Oracle):
-    """u is the oracle's, in bfloat16: on a CPU twice as fast, with cosine 0.999 to float32's."""
+    """u is the oracle's, in bfloat16, which is faster. Unlike with --bf16, all else is float32."""
 
     def direction(self, w, batch, received, mine):
         with torch.autocast(w.device.type, torch.bfloat16):

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import fl
+import run
 import sam
 from compress import Identity, Sign
 from lab import directions as D
 from lab import uplinks
+from methods.oracle import Oracle
 from methods.ours import FedSynSAM_Debiased, FedSynSAM_Descent
 from tests import check_method
 from tests.check_compressor import check_compressor
@@ -132,6 +134,14 @@ def test_before_the_synthesis_they_are_their_parent(M, warmup_method):
 @pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient, D.OnceARound], ids=str)
 def test_trials_keep_the_rules(M):
     check_method.check_method(M)
+
+
+def test_the_oracle_of_many_images_is_the_oracle_but_for_rounding():
+    federation, _ = run.compose(run.resolve(algo="lab/directions.py:ManyImages", visit="plain"))
+    method, w = federation.method, federation.w
+    rounded, exact = (M.direction(method, w, None, {}, {}) for M in (type(method), Oracle))
+    assert rounded.dtype == w.dtype and not torch.equal(rounded, exact)
+    assert torch.cosine_similarity(rounded, exact, 0) > 0.99
 
 
 @pytest.mark.parametrize("C", [uplinks.BucketSign, uplinks.RandomSign], ids=str)
