@@ -27,7 +27,6 @@ hooks changed, here in the order of a round:
     client   first_memory     what it remembers, before its first round
              start            where its steps begin
     K times  direction        SAM methods only: the ascent direction u                    (sam.py)
-             radius           SAM methods only: the length rho of e, the same in all K steps
              point            where the gradient g is computed; a SAM method goes to w + e
              correct          makes G of g; SCAFFOLD: g + c - c_i. Then G is clipped
              move             the step itself
@@ -270,13 +269,9 @@ class FedSAM(FedAvg):
         """The ascent direction u [d] at w [d]."""
         return self.gradient(w, batch)
 
-    def radius(self, received):
-        """The length of the ascent step."""
-        return self.rho
-
     def point(self, w, batch, received, mine):
         u = self.direction(w, batch, received, mine)
-        return sam.perturb(w, u, self.radius(received)), mine
+        return sam.perturb(w, u, self.rho), mine
 
 
 class FedLESAM(FedSAM):

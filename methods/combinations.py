@@ -81,9 +81,8 @@ class FedSMOO(FedSpeed):
 
     Two gradients a step. mu_i and s are 0 at first. The client sends mu_i whole. Error feedback is
     for mu_i too: without it, top-k never shows the server its small entries (on quadratics, a
-    quarter kept, it then ends 0.020 from the minimum, instead of 0.0035). s has the setting rho,
-    also where another parent has a `radius` of its own. FL-Simulator leaves out a small term of the
-    paper's s, and so does this class.
+    quarter kept, it then ends 0.020 from the minimum, instead of 0.0035). FL-Simulator leaves out a
+    small term of the paper's s, and so does this class.
     Source: Sun et al. 2023 (FedSMOO), released code.
     """
 
@@ -103,8 +102,8 @@ class FedSMOO(FedSpeed):
 
     def point(self, w, batch, received, mine):
         u = self.direction(w, batch, received, mine)
-        mu_i = mine["mu_i"] + (self.radius(received) * sam.unit(u) - received["s"])
-        return sam.perturb(w, u, self.radius(received)), mine | {"mu_i": mu_i}
+        mu_i = mine["mu_i"] + (self.rho * sam.unit(u) - received["s"])
+        return sam.perturb(w, u, self.rho), mine | {"mu_i": mu_i}
 
     def upload(self, w, received, mine, lr_sum):
         sent, mine = super().upload(w, received, mine, lr_sum)

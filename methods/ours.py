@@ -39,7 +39,7 @@ class FedSynSAM_Debiased(FedSynSAM):
         g = self.gradient(w, batch)
         mine = mine | {"g_sum": mine["g_sum"] + g, "g_count": mine["g_count"] + 1}
         u = g - mine["g_sum"] / mine["g_count"] + self.synthetic_gradient(w, received)
-        return sam.perturb(w, u, self.radius(received)), mine
+        return sam.perturb(w, u, self.rho), mine
 
     def upload(self, w, received, mine, lr_sum):
         sent, mine = super().upload(w, received, mine, lr_sum)

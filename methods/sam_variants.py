@@ -53,7 +53,7 @@ class FedASAM(FedSAM):
     def point(self, w, batch, received, mine):
         u = self.direction(w, batch, received, mine)
         T = torch.where(self.task.weights, w.abs() + self.asam_eta, 1)
-        return w + T * T * u * (self.radius(received) / (T * u).norm().clamp_min(TINY)), mine
+        return w + T * T * u * (self.rho / (T * u).norm().clamp_min(TINY)), mine
 
 
 class GCSAM(FedSAM):
@@ -72,7 +72,7 @@ class GCSAM(FedSAM):
         u = self.direction(w, batch, received, mine)
         Cu = centralise(u, self.task.shapes)
         length = (u if self.gc_code else Cu).norm()
-        return w + Cu * (self.radius(received) / length.clamp_min(TINY)), mine
+        return w + Cu * (self.rho / length.clamp_min(TINY)), mine
 
     def correct(self, g, w, received, mine):
         g = g if self.gc_code else centralise(g, self.task.shapes)

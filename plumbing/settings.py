@@ -178,11 +178,25 @@ def find(kind, name):
 def combined(name):
     """The class NAME+NAME, whose parents are these methods."""
     parents = tuple(find("algo", word) for word in name.split("+"))
+    one_meaning(name, parents)
     try:
         return type(name, parents, {})
     except TypeError:  # of several kinds, and in several lines
         message = "cannot be combined: one of them is there twice, or is a parent of a later one"
         raise ValueError(f"{name} {message}") from None
+
+
+def one_meaning(name, parents):
+    """ValueError if two of these methods call different settings by one name."""
+    declared = {}  # setting -> (the class that declares it, how)
+    for parent in parents:
+        for part in parent.__mro__:
+            for setting, hint in inspect.get_annotations(part).items():
+                first, hint_of_first = declared.setdefault(setting, (part, hint))
+                related = issubclass(first, part) or issubclass(part, first)
+                if not related and hint != hint_of_first:
+                    both = f"{name_of(first)} and {name_of(part)} both have a setting {setting}"
+                    raise ValueError(f"{name}: {both}, of two meanings; rename one of them")
 
 
 def from_file(kind, path, member):

@@ -6,7 +6,7 @@ It runs M on a tiny classifier whose clients have unequal numbers of images and 
 batches, m = 3 of N = 5 clients in a round and QSGD on the wire. Every failure says what to mend.
 
     names                no hook is misspelt, run.py sees every setting, and no other method keeps
-                         or sends something of the same name
+                         or sends something of the same name, or has another setting of that name
     the rules            a client sees only what it received; nothing is changed in place; the names
                          in a client's memory are those of first_memory; the server keeps nothing
                          outside of self.state; "update" is the sum of the steps
@@ -37,7 +37,7 @@ import torch
 from compress import QSGD
 from fl import SCAFFOLD, FedAvg, Federation
 from methods.drift import FedDyn
-from plumbing.settings import parts
+from plumbing.settings import one_meaning, parts
 from scale.visits import Ranks, Threads, Vmap
 from tests.toys import Linear, f64
 
@@ -95,6 +95,10 @@ def check_taken(M):
     """What M keeps or sends has no name of another method: combined, one would lose its own."""
     for other in parts("algo").values():
         if not (issubclass(M, other) or issubclass(other, M)):
+            try:
+                one_meaning(M.__name__, (M, other))
+            except ValueError as error:
+                raise AssertionError(error) from None
             for place, names in introduced(M).items():
                 both = ", ".join(sorted(names & introduced(other)[place]))
                 text = f"{M.__name__}: {place} holds {both}, as that of {other.__name__} does"

@@ -587,21 +587,6 @@ def test_gcsam_never_moves_the_mean_weight_into_a_unit():
     assert torch.equal(run(GCSAM, task).w, run(FedSAM, task).w)
 
 
-def test_the_radius_is_a_hook():
-    class Shrinking(FedSAM):
-        def broadcast(self, w):
-            return super().broadcast(w) | {"shrunk": torch.tensor(0.5, dtype=f64)}
-
-        def radius(self, received):
-            return self.rho * received["shrunk"]
-
-    # Not FedSMOO: the s of its server does not know the radius of the clients.
-    for M in (FedSAM, FedASAM, GCSAM, FedSynSAM_Debiased, FedSynSAM_D):
-        Both = type("Both", (Shrinking, M), {}) if M is not FedSAM else Shrinking
-        assert near(run(Both, rho=0.2).w, run(M, rho=0.1).w)
-        assert not near(run(Both, rho=0.2).w, run(M, rho=0.2).w)
-
-
 @pytest.mark.parametrize("variate", [1.0, 0.5])
 def test_a_small_variate_only_delays_the_correction_of_scaffold(variate):
     """Linear losses <a_i, w>: c - c_i ends at (mean of a - a_i) / variate, so G is that mean."""

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -356,6 +357,23 @@ def test_run_two_methods_are_combined_by_a_plus(run_tiny):
     for strange in ("fedsam+", "+", "fedsam+fedsam", "fedavg+fedsam"):
         with pytest.raises(ValueError):
             run.find("algo", strange)
+
+
+def test_run_two_combined_methods_do_not_share_a_setting_that_means_two_things(tmp_path):
+    code = """
+        from typing import Annotated
+        import fl
+        class Mine(fl.FedAvg):
+            %s: Annotated[float, "%s", 0, None] = 0.3
+    """
+    mine = tmp_path / "mine.py"
+    mine.write_text(textwrap.dedent(code % ("variate", "how much")))
+    said = "scaffold and mine both have a setting variate, of two meanings"
+    with pytest.raises(ValueError, match=said):
+        run.find("algo", f"scaffold+{mine}:Mine")
+    mine.write_text(textwrap.dedent(code % ("rho", "radius of the ascent step")))
+    assert run.find("algo", f"{mine}:Mine+fedsam").rho == 0.3  # one meaning, so it is shared
+    assert issubclass(run.find("algo", "fedwmsam+mofedsam"), fl.FedSAM)  # a child may say more
 
 
 # A run.

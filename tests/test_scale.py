@@ -498,7 +498,12 @@ class Taken(FedAvg):
         return super().first_state() | {"momentum": torch.zeros_like(self.task.w0)}
 
 
+class TwoMeanings(FedAvg):
+    variate: Annotated[float, "how much", 0, 1] = 0.5
+
+
 BROKEN = [
+    (TwoMeanings, "twomeanings and scaffold both have a setting variate, of two meanings"),
     (Taken, "Taken: self.state holds momentum, as that of FedCM does"),
     (Misspelt, "Misspelt: corect is no hook; did you mean correct?"),
     (Shorter, "Shorter has move.self, w, G, lr., but the hook is move.self, w, G, mine, lr."),
