@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 import run
-from lab import claims, figures, papers, presets, study, tune, verdicts
+from lab import claims, figures, papers, presets, study, tune, verdicts, wall
 from lab.claim import arms_of
 from lab.verdicts import MEASURES, Value
 from plumbing.settings import HERE, closest
@@ -255,6 +255,9 @@ def draw_all(results):
     if found:
         figures.draw_overview(results / "overview.png", found)
         paths.append(results / "overview.png")
+    if {"whose", "overfit"} <= set(found):
+        wall.draw_wall(results / "wall.png", found, filled)
+        paths.append(results / "wall.png")
     if "sharpness" in found and "plane" in found["sharpness"][1]:
         arms = ("Dir 0.1, none", "Dir 0.1, top 1 %")
         figures.landscapes_of_rows(results / "landscape.png", found["sharpness"][1], arms)

@@ -37,6 +37,7 @@ from lab import (
     study,
     tune,
     verdicts,
+    wall,
 )
 from lab.claim import Claim
 from lab.verdicts import Rule, Value
@@ -839,6 +840,34 @@ def test_a_gain_is_drawn_against_the_cosine_and_the_eigenvalue(kind, tmp_path, m
         assert any(one == expected for one in drawn)
     inside = sum(not re.search(claim.apart, arm) for arm in order)
     assert inside < len(order) and len(drawn) == 2 * inside - len({*map(claim.baseline, order)})
+
+
+def test_the_page_for_the_wall_shows_every_direction_of_one_rate_and_up_is_better(
+    tmp_path, monkeypatch
+):
+    stored, drawn = {}, {}
+    for name in ("whose", "overfit"):
+        claim, part = claims.stored_claims(HERE / "results")[name]
+        stored[name] = claim, claims.tables(claim, part)[""]
+
+    def note(axis, x, ends, colour):
+        drawn.setdefault(axis, {})[x] = (ends[0], colour)
+
+    monkeypatch.setattr(figures, "draw_gain", note)
+    wall.draw_wall(tmp_path / "wall.png", stored, report.filled)
+    assert (tmp_path / "wall.png").stat().st_size > 50_000 and len(drawn) == 6
+    for (axis, points), ((name, split), _) in zip([*drawn.items()][::2], wall.ROWS.items()):
+        table = stored[name][1]
+        claim = stored[name][0]
+        gain = "test_loss" if name == "overfit" else "accuracy"
+        assert axis.yaxis_inverted() == (gain == "test_loss")
+        own = f"{split}, own" + ("" if split != "FedDyn" else ", as true")
+        own, true = (report.arm_called(x, table) for x in (own, f"{split}, true"))
+        for arm, kind in ((own, "this client's images"), (true, "real images of others")):
+            x = verdicts.values(table, verdicts.Value(arm, "cos_used")).mean()
+            mean, colour = points[x]
+            assert mean == figures.gain_of(claim, table, arm, gain)[0]
+            assert wall.KINDS[colour][0] == kind
 
 
 def test_no_words_of_a_figure_cover_others():
