@@ -43,9 +43,9 @@ ROWS = {  # (claim, split): what the job is, and what its row says
     ),
 }
 END = (
-    "So neither flatness nor the global direction is the whole answer: it depends on what limits "
-    "the model. Numbers in brackets are 95 % intervals of paired differences. Nothing here is "
-    "judged; the claims, their rules and all settings stand in results/."
+    "So neither flatness nor the global direction is the whole answer: each explains one job and "
+    "not another. Brackets are 95 % intervals of paired differences. Nothing here is judged; the "
+    "claims, their rules and all settings stand in results/."
 )
 AXES = {
     "cos_used": "cosine of u to the true gradient",
