@@ -191,15 +191,15 @@ def draw_against(path, claim, table, gain="accuracy"):
         page, axes = plt.subplots(len(splits), len(AGAINST), squeeze=False, sharex="col", **size)
         for row, split, colour in zip(axes, splits, COLOURS[3:]):
             near = found[(found.split == split) & ~found.apart]
-            lr = near.rate.iloc[0]
+            lr, some = near.rate.iloc[0], alike(near)
             for axis, measure in zip(row, AGAINST):
                 for p in near[near[measure].notna()].itertuples():
                     x = getattr(p, measure)
                     draw_gain(axis, x, (p.mean, p.low, p.high), colour)
                     other = "" if p.rate == lr else f" (lr {p.rate:g})"
                     words.append((axis, x, p.mean, words_of(p.arm) + other))
-                rate = "" if near.rate.nunique() == 1 else f" at lr {lr:g}"
-                axis.set_title(f"rank correlation {rank_correlation(near, measure):+.2f}{rate}")
+                which = f" at lr {lr:g}, rho {some.rho.max():g}" if len(some) < len(near) else ""
+                axis.set_title(f"rank correlation {rank_correlation(near, measure):+.2f}{which}")
                 axis.axhline(0, color="black", lw=0.8)
             row[0].set_ylabel(f"{split}: {MEASURES[gain][0]},\nminus that without an ascent")
         for axis, (measure, title) in zip(axes[-1], AGAINST.items()):
@@ -220,13 +220,14 @@ def out_of_the_picture(found):
 
 
 def gains_against(claim, table, gain):
-    """A line for each arm: split, lr, gain (mean, low, high), the means of AGAINST, if apart."""
+    """A line for each arm: split, lr, rho, gain (mean, low, high), means of AGAINST, if apart."""
     arms, (common,) = list(dict.fromkeys(table.arm)), claim.tasks().values()
     found = pd.DataFrame([gain_of(claim, table, arm, gain) for arm in arms])
     found.columns = ["mean", "low", "high"]
     found["arm"], found["split"] = arms, [arm.split(", ")[0] for arm in arms]
     own = claim.arms("")
-    found["rate"] = [study.fitting(common, own[arm]).get("lr") for arm in arms]
+    settings = [study.fitting(common, own[arm]) for arm in arms]
+    found["rate"], found["rho"] = ([s.get(x) for s in settings] for x in ("lr", "rho"))
     found["apart"] = [bool(re.search(claim.apart, arm)) for arm in arms]
     for measure in AGAINST:
         found[measure] = [verdicts.values(table, Value(arm, measure)).mean() for arm in arms]
@@ -234,10 +235,16 @@ def gains_against(claim, table, gain):
 
 
 def rank_correlation(found, measure):
-    """Spearman's, of gain and a measure, over the arms of a split that have it and the learning
-    rate of the first arm, the baseline. Another rate moves both, whatever the direction."""
-    found = found[found.rate == found.rate.iloc[0]]
+    """Spearman's, of gain and a measure, over the arms of a split that are alike."""
+    found = alike(found)
     return found[measure].corr(found["mean"], "spearman")
+
+
+def alike(found):
+    """The arms of a split with the learning rate of the first one, the baseline, and the radius of
+    most. Another rate or radius moves accuracy and flatness, whatever the direction."""
+    found = found[found.rate == found.rate.iloc[0]]
+    return found[found.rho.isna() | found.rho.isin(found.rho.mode()[:1])]
 
 
 def write_beside(points):
