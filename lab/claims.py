@@ -27,6 +27,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     oracle       how much is there to gain from the true global direction?
     skew         what each ascent direction gains over FedAvg, as the clients differ more
     whose        whose gradient, or which batch? Trial directions in the job of default
+    means        FedSynSAM with mean images of each class in place of learnt ones
     corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
     cifar        the same with all 50,000 images of CIFAR-10, for a GPU
@@ -42,13 +43,13 @@ import sys
 from pathlib import Path
 
 import run
-from lab import figures, onebit, ours, papers, study, tune, verdicts
+from lab import figures, means, onebit, ours, papers, study, tune, verdicts
 from plumbing.settings import HERE
 
 KINDS = (onebit.Default, onebit.Untuned, papers.Sharpness, onebit.Compressed, onebit.Remedy)
 KINDS += (onebit.Levels, papers.Alignment, ours.Learnt, ours.Trajectory)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
-KINDS += (ours.Oracle, ours.Skew, onebit.Whose, ours.Corrected, ours.Overfit)
+KINDS += (ours.Oracle, ours.Skew, onebit.Whose, means.Means, ours.Corrected, ours.Overfit)
 KINDS += (onebit.Photographs, ours.Cifar, onebit.Descent)
 KINDS += (onebit.Radius,)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}

@@ -11,6 +11,7 @@ All are FedSAM, the gradient at w + rho u / ||u||, with another u:
     Random           random numbers
     OnceARound       the true gradient at w^t, on images of all clients; they peek
     ManyImages       the true gradient at every step, in bfloat16, for many images; they peek
+    ClassMeans       the gradient on mean images, one of each class, over all clients
 
 All run in the plain loop and in threads; WholeClient and Random do not run under vmap. Two trials
 that won are methods now (methods/ours.py).
@@ -18,7 +19,7 @@ that won are methods now (methods/ours.py).
 
 import torch
 
-from fl import FedSAM, rng
+from fl import FedSAM, FedSynSAM, rng
 from methods.oracle import Oracle
 
 
@@ -108,3 +109,20 @@ class ManyImages(Oracle):
     def direction(self, w, batch, received, mine):
         with torch.autocast(w.device.type, torch.bfloat16):
             return super().direction(w, batch, received, mine)
+
+
+class ClassMeans(FedSynSAM):
+    """FedSynSAM, but its images are not learnt: they are means, one for each class.
+
+    A mean is over as many images of each class as there are, of all clients. Clients would send the
+    sums of their images once, and secure aggregation would hide whose they are; here the server
+    peeks, and these bytes, an image for each class and client, are not counted. Going down they
+    are. FedMix (Yoon et al. 2021, arXiv 2107.00233) has clients train on means of their images.
+    """
+
+    def learn_synthetic_data(self, t):
+        rows = self.task.balanced(sum(self.task.sizes), rng(self.seed, "class means"))
+        x, y, _ = self.task.examples(rows)
+        means = torch.stack([x[y == c].mean(0) for c in range(self.task.classes)])
+        labels = self.syn_labels * torch.eye(self.task.classes).to(means)  # as a synthesis begins
+        self.state = self.state | {"X": means, "Y": labels, "trajectory": []}
