@@ -131,7 +131,21 @@ def test_before_the_synthesis_they_are_their_parent(M, warmup_method):
     assert torch.equal(f.w, federation(parent, 2).w)
 
 
-@pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient, D.OnceARound], ids=str)
+def test_class_means_are_means_of_each_class_and_are_sent_once_as_learnt_images_are():
+    f = federation(D.ClassMeans, 2, warmup=1, window=1)
+    rows = f.task.balanced(sum(f.task.sizes), fl.rng(f.method.seed, "class means"))[:, 0]
+    for c, mean in enumerate(f.method.state["X"]):
+        members = [f.task.x[i] for i in rows.tolist() if f.task.y[i] == c]
+        assert len(members) > 1 and torch.allclose(mean, sum(members) / len(members), atol=1e-12)
+    assert torch.equal(f.method.state["Y"].argmax(1), torch.arange(3))
+    learnt = federation(fl.FedSynSAM, 2, warmup=1, window=1)
+    assert f.bytes_down == learnt.bytes_down > federation(fl.FedSAM, 2).bytes_down
+    w, batch, received, mine, _ = asked(f)
+    u = f.method.direction(w, batch, received, mine)
+    assert torch.allclose(u, synthetic(f, w), atol=1e-12)
+
+
+@pytest.mark.parametrize("M", [D.AnotherBatch, D.AnotherClient, D.OnceARound, D.ClassMeans])
 def test_trials_keep_the_rules(M):
     check_method.check_method(M)
 
