@@ -225,6 +225,8 @@ DIFFERENCES = [  # in the README's order: claim, arms, measure
     ("three claims", "fedsam - fedavg", "accuracy"),
     ("default", "fedsynsam-d - fedspeed", "accuracy"),
     ("whose", "FedAvg, synthetic - FedAvg, synthetic, not learnt", "accuracy"),
+    ("means", "FedDyn, 1 bit, class means - FedDyn, 1 bit, learnt", "accuracy"),
+    ("means", "FedDyn, 1 bit, class means - FedDyn, 1 bit, own", "accuracy"),
     ("whose", "FedDyn, true - FedDyn, none", "accuracy"),
     ("whose", "FedDyn, true of 10 images - FedDyn, none", "accuracy"),
     ("whose", "FedDyn, own - FedDyn, none", "accuracy"),
