@@ -346,8 +346,8 @@ def draw_overview(path, claims):
             for pair, name in zip(axes, column):
                 draw_pair(pair, name, *claims[name])
         page.suptitle(
-            "Every arm minus FedAvg (descent: FedSynSAM; half of whose: FedDyn; levels: itself, "
-            "1 bit), same seeds: mean and 95 % t-interval, without correction. Blue: better, red: "
+            "Every arm minus FedAvg (descent: FedSynSAM; half of whose, most of means: FedDyn; levels: "
+            "itself, 1 bit), same seeds: mean and 95 % t-interval, without correction. Blue: better, red: "
             "worse, grey: it crosses 0",
             fontsize=10,
         )
