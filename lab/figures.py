@@ -346,9 +346,9 @@ def draw_overview(path, claims):
             for pair, name in zip(axes, column):
                 draw_pair(pair, name, *claims[name])
         page.suptitle(
-            "Every arm minus FedAvg (descent: FedSynSAM; half of whose, most of means: FedDyn; levels: "
-            "itself, 1 bit), same seeds: mean and 95 % t-interval, without correction. Blue: better, red: "
-            "worse, grey: it crosses 0",
+            "Every arm minus FedAvg (descent: FedSynSAM; half of whose, most of means: FedDyn; "
+            "levels: itself, 1 bit), same seeds: mean and 95 % t-interval, without correction. "
+            "Blue: better, red: worse, grey: it crosses 0",
             fontsize=10,
         )
         page.savefig(path, bbox_inches="tight")

@@ -67,11 +67,11 @@ class Means(Claim):
     def rules(self, table):
         found = []
         for base in self.bases:
-            sign = 1 if base.startswith("FedDyn") else 0
             means, learnt, none = (f"{base}, {x}" for x in ("class means", "learnt", "none"))
-            found += [rule("class means minus learnt", means, learnt, "accuracy", sign)]
-            found += [rule("class means minus none", means, none, "accuracy", sign)]
-            found += [rule("class means minus none", means, none, "eigenvalue", -sign)]
+            if base.startswith("FedDyn"):
+                found += [rule("class means minus learnt", means, learnt, "accuracy")]
+                found += [rule("class means minus none", means, none, "accuracy")]
+                found += [rule("class means minus none", means, none, "eigenvalue", -1)]
             others = [f"{base}, {name}" for name in self.methods if name != "class means"]
             for measure in ("accuracy", "mean_model", "test_loss", "eigenvalue"):
                 found += [rule("class means minus", means, x, measure, 0) for x in others]

@@ -234,7 +234,9 @@ class Overfit(Skew):
 
     def settings(self, split, name):
         own = super().settings(split, name)
-        return own if self.size == "quick" else own | PHOTOGRAPHS
+        if self.size == "quick":  # which has four rounds
+            return own | ({"warmup": 3} if "warmup" in own else {})
+        return own | PHOTOGRAPHS
 
     def arms(self, task):
         found = super().arms(task)
