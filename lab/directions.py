@@ -114,10 +114,10 @@ class ManyImages(Oracle):
 class ClassMeans(FedSynSAM):
     """FedSynSAM, but its images are not learnt: they are means, one for each class.
 
-    A mean is over as many images of each class as there are, of all clients. Clients would send the
-    sums of their images once, and secure aggregation would hide whose they are; here the server
-    peeks, and these bytes, an image for each class and client, are not counted. Going down they
-    are. FedMix (Yoon et al. 2021, arXiv 2107.00233) has clients train on means of their images.
+    A mean is over as many images of each class as there are, of all clients. Each client would send
+    a sum for each class, once, and secure aggregation would hide whose it is. Here the server
+    peeks, and these bytes up are not counted; those of the means down are. FedMix (Yoon et al.
+    2021, arXiv 2107.00233) has clients train on means of their images.
     """
 
     def learn_synthetic_data(self, t):

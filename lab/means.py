@@ -1,9 +1,9 @@
 """A claim of this project: FedSynSAM need not learn its images, a mean image of each class will do.
 
-Ten real images, one of each class, are as good as a hundred for the ascent direction (`whose`), and
-those that are learnt from the path of the model are worth no more than random numbers (`learnt`).
-A mean over all clients tells nobody's image, and clients can sum up theirs without showing them to
-the server (secure aggregation). lab/directions.py has the method.
+Ten real images, one of each class, are nearly as good as a hundred for the ascent direction, and
+those that are learnt from the path of the model are not shown to be worth more than random numbers
+(`whose`). A mean over all clients hides single images better, and clients can sum up theirs without
+showing them to the server (secure aggregation). lab/directions.py has the method.
 """
 
 from lab import study

@@ -30,12 +30,12 @@ KINDS = {  # colour: (what u is made of, how the names of such directions begin)
         ("true", "another client"),
     ),
     "#009E73": (
-        "the loss on synthetic images, which the server learns from the path of its model",
+        "the loss on synthetic images, learnt from the path of the global model, or random",
         ("synthetic",),
     ),
     "#CC79A7": ("own and synthetic in one", ("mixture", "debiased", "synthetic, debiased")),
     "#808080": (
-        "nothing: the way back to the client's last model (last update), random numbers, no ascent",
+        "nothing: the way back to the model received last (last update), random numbers, no ascent",
         ("last update", "random", "none", "fedavg"),
     ),
 }
