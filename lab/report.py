@@ -143,6 +143,55 @@ def summary(found):
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------- seeds of several claims
+
+SHARP = "1 bit, feedback, tuned, "
+POOLED = {  # what is compared: the claims that have it, and what the two arms are called there
+    "FedSynSAM minus FedAvg": {
+        "default": "fedsynsam - fedavg",
+        "levels": "fedsynsam, 1 bit - fedavg, 1 bit",
+        "remedy": f"{SHARP}fedsynsam - {SHARP}fedavg",
+        "whose": "FedAvg, synthetic - FedAvg, none",
+        "means": "FedAvg, 1 bit, learnt - FedAvg, 1 bit, none",
+    },
+    "FedSAM minus FedAvg": {
+        "default": "fedsam - fedavg",
+        "remedy": f"{SHARP}fedsam - {SHARP}fedavg",
+        "whose": "FedAvg, own - FedAvg, none",
+    },
+    "FedSynSAM minus FedSAM": {
+        "default": "fedsynsam - fedsam",
+        "remedy": f"{SHARP}fedsynsam - {SHARP}fedsam",
+        "whose": "FedAvg, synthetic - FedAvg, own",
+    },
+}
+
+
+def pooled(pairs, tables, measure="accuracy"):
+    """The differences of two arms over the seeds of several claims.
+
+    pairs: {claim: "arm - arm"}; tables: {claim: its table}.
+    """
+    found = []
+    for name, arms in pairs.items():
+        both = [Value(arm_called(arm, tables[name]), measure) for arm in arms.split(" - ")]
+        found += [*verdicts.differences(tables[name], *both)]
+    return found
+
+
+def pooled_text(found):
+    """POOLED as a table in Markdown; what needs a claim without rows is left out."""
+    tables = {name: outcomes[""][0] for name, (*_, outcomes) in found.items() if "" in outcomes}
+    lines = ["| | points | seeds | claims |", "| --- | --- | --- | --- |"]
+    for what, pairs in POOLED.items():
+        if set(pairs) <= set(tables):
+            x = pooled(pairs, tables)
+            mean, low, high = verdicts.interval(x)
+            words = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+            lines.append(f"| {what} | {words} | {len(x)} | {', '.join(pairs)} |")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------- other rows
 
 
@@ -223,6 +272,7 @@ def written(results):
     parts = [prose["top"], summary(found), prose["how"]]
     parts += ["![all arms](overview.png)", "![two landscapes](landscape.png)", prose["landscape"]]
     parts += [section(claim, outcomes, prose) for claim, _, outcomes in found.values()]
+    parts += ["## pooled", prose["pooled"], pooled_text(found)]
     if (results / "tuned.json").exists():
         parts += ["## tuned", prose["tuned"], "[All searches](tuned.md)."]
         pages["tuned.md"] = f"# What was tuned\n\n{tune.text(results / 'tuned.json')}\n"

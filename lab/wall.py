@@ -76,13 +76,9 @@ AXES = {
 }
 LABELS = {  # what is written beside a dot; the others have none
     "own": "own",
-    "own, as true": "own",
     "another batch": "another batch",
-    "another batch, as true": "another batch",
     "whole client": "all its images",
-    "whole client, as true": "all its images",
     "another client": "another client",
-    "another client, as true": "another client",
     "true": "true, 100 images",
     "true of 10 images": "true, 10 images",
     "true of 500 images": "true, 500 images",
@@ -91,9 +87,7 @@ LABELS = {  # what is written beside a dot; the others have none
     "synthetic, not learnt": "random images",
     "mixture": "half own, half synthetic",
     "last update": "last update",
-    "last update, as true": "last update",
     "random": "random",
-    "random, as true": "random",
     "none": "no ascent",
     "fedavg": "no ascent",
 }
@@ -145,7 +139,8 @@ def draw_row(row, claim, table, split):
     labels = []
     for axis, (measure, (title, short)) in zip(row, AXES.items()):
         for p in near[near[measure].notna()].itertuples():
-            x, words = getattr(p, measure), figures.words_of(p.arm)
+            x = getattr(p, measure)
+            words = figures.words_of(p.arm).removesuffix(", as true")
             figures.draw_gain(axis, x, (p.mean, p.low, p.high), colour_of(words))
             if words in LABELS:
                 labels.append((axis, x, p.mean, LABELS[words]))

@@ -188,15 +188,20 @@ def combined(name):
 
 def one_meaning(name, parents):
     """ValueError if two of these methods call different settings by one name."""
-    declared = {}  # setting -> (the class that declares it, how)
-    for parent in parents:
-        for part in parent.__mro__:
-            for setting, hint in inspect.get_annotations(part).items():
-                first, hint_of_first = declared.setdefault(setting, (part, hint))
-                related = issubclass(first, part) or issubclass(part, first)
-                if not related and hint != hint_of_first:
-                    both = f"{name_of(first)} and {name_of(part)} both have a setting {setting}"
-                    raise ValueError(f"{name}: {both}, of two meanings; rename one of them")
+    declared = {}  # setting -> the class that declares it
+    for part in (part for parent in parents for part in parent.__mro__):
+        for setting in inspect.get_annotations(part):
+            first = declared.setdefault(setting, part)
+            related = issubclass(first, part) or issubclass(part, first)
+            if not related and meaning_of(setting, first) != meaning_of(setting, part):
+                both = f"{name_of(first)} and {name_of(part)} both have a setting {setting}"
+                raise ValueError(f"{name}: {both}, of two meanings; rename one of them")
+
+
+def meaning_of(name, part):
+    """What a setting of a part means, or None if it is none."""
+    setting = settings_of(part).get(name)
+    return setting and setting.meaning
 
 
 def from_file(kind, path, member):

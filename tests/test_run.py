@@ -361,6 +361,7 @@ def test_run_two_methods_are_combined_by_a_plus(run_tiny):
 
 def test_run_two_combined_methods_do_not_share_a_setting_that_means_two_things(tmp_path):
     code = """
+        from __future__ import annotations  # then the hints are texts
         from typing import Annotated
         import fl
         class Mine(fl.FedAvg):
