@@ -383,6 +383,8 @@ class Federation:
     other; scale/ has faster ways. Error feedback is explained in compress.py.
     """
 
+    each = map  # how work on many clients or images is spread; scale/visits.py has one of threads
+
     def __init__(
         self,
         method,

@@ -216,20 +216,15 @@ def row_of(federation, images, sample, settings):
     if getattr(federation, "left_out", None):
         row["absent"] = federation.left_out
     if t % settings["eval_every"] == 0 or t == settings["rounds"]:
+        apply, w, each = federation.task.apply, federation.judged(), federation.each
         for name, some in (("train", sample), ("val", images.val), ("test", images.test)):
             if len(some.y):
-                apply, each = federation.task.apply, each_of(federation)
-                loss, accuracy = task.evaluate(apply, federation.judged(), some, each=each)
+                loss, accuracy = task.evaluate(apply, w, some, each=each)
                 row |= {f"{name}_loss": loss, f"{name}_acc": accuracy}
         if not math.isfinite(row["train_loss"]):
             where = f"after {t} rounds (|w_j| up to {federation.w.abs().max():.2g})"
             raise FloatingPointError(f"{where}: the training loss is {row['train_loss']}")
     return row
-
-
-def each_of(federation):
-    """The `map` of the federation's threads, or the usual one."""
-    return federation.pool.map if hasattr(federation, "pool") else map
 
 
 def measured_images(train, n):
@@ -271,7 +266,7 @@ def eigenvalue(federation, images):
         return lambda v: cross_entropy(apply(v, x), y, reduction="sum") / n
 
     losses = [share_of(batch.x, batch.y) for batch in images.chunks(100)]
-    return sam.largest_eigenvalue(sam.hessian(losses, w, each=each_of(federation)), w)
+    return sam.largest_eigenvalue(sam.hessian(losses, w, each=federation.each), w)
 
 
 # ------------------------------------------------------------------------------- the run's folder

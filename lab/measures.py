@@ -90,7 +90,7 @@ def share(apply, some, n):
 def sample_of(federation, train, n):
     """The images that a run measures itself on: n of the training images, equal for all runs."""
     images = run.measured_images(train, n)
-    return Sample(federation.task.apply, images, run.each_of(federation))
+    return Sample(federation.task.apply, images, federation.each)
 
 
 # ---------------------------------------------------------------------------------------- curvature

@@ -46,10 +46,10 @@ class Threads(Federation):
     ):
         super().__init__(*args, **settings)
         one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
-        self.pool = ThreadPoolExecutor(threads or cores(), **one_core)
+        self.each = ThreadPoolExecutor(threads or cores(), **one_core).map
 
     def visits(self, work, clients, received, lr):
-        return self.pool.map(lambda i: self.visit(work, i, received, lr), clients)
+        return self.each(lambda i: self.visit(work, i, received, lr), clients)
 
 
 def cores():

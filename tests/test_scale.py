@@ -143,7 +143,7 @@ def test_a_client_that_diverges_is_named(loop):
 
 def test_a_thread_uses_one_core_and_ranks_share_the_cores(monkeypatch):
     federation = ten_rounds(FedAvg, visits.Threads, rounds=1)
-    assert list(federation.pool.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+    assert list(federation.each(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     alone = visits.cores()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
