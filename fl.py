@@ -23,7 +23,7 @@ hooks changed, here in the order of a round:
     server   first_state      what it keeps, before round 0
              prepare          its work before a round
              broadcast        what every client receives
-             broadcast_once   what it receives in addition, once
+             broadcast_once   what it receives in addition, and downloads only once
     client   first_memory     what it remembers, before its first round
              start            where its steps begin
     K times  direction        SAM methods only: the ascent direction u                    (sam.py)
@@ -42,7 +42,7 @@ feedback is for), and `exchanges`, for methods whose clients upload something be
 (methods/alignment.py). CONTRIBUTING.md has the rules for a method of your own.
 
 Notation
-    w, w^t    model during local steps, global model of round t                                [d]
+    w, w^t    on the server the global model, on a client its local one; global model of round t
     g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
     u, e      ascent direction of SAM, and its step e = rho u / ||u||                          [d]
     update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
@@ -95,7 +95,8 @@ class FedAvg:
     clip: Annotated[float, "largest norm of G; 0: no clipping", 0, None] = 10.0
     weight_decay: Annotated[float, "adds weight_decay w to the clipped G", 0, None] = 0.0
 
-    exchanges = ("train",)  # what a client does in a round; each ends with an upload
+    # methods that a client runs in a round; each ends with an upload, and "train" is the last
+    exchanges = ("train",)
     fed_back = ("update",)  # what error feedback is for
 
     def __init__(self, task, seed=0, **settings):
@@ -129,7 +130,10 @@ class FedAvg:
         return {"w": w}
 
     def broadcast_once(self):
-        """What a client receives in addition in its first round after `prepare` returned True."""
+        """What a client downloads once, and again after `prepare` returned True: {name: tensor}.
+
+        It is in `received` in every round.
+        """
         return {}
 
     def collect(self, decoded, lr_sum):
@@ -140,7 +144,8 @@ class FedAvg:
         """The next global model [d], from w [d] and the mean of what was collected {name: tensor}.
 
         lr_sum is the mean over the clients of the round, weighted as `mean` is. share is their
-        share of all N clients, so share * mean is what this round adds to a mean over all clients.
+        part of all weights (m / N, if they are equal), so share * mean is what this round adds to a
+        mean over all N clients.
         """
         return w + self.server_lr * mean["update"]
 
@@ -167,7 +172,7 @@ class FedAvg:
         return g
 
     def move(self, w, G, mine, lr):
-        """The local step along G: (w [d], memory)."""
+        """The local step, against G: (w [d], memory)."""
         return w - lr * (G + self.weight_decay * w), mine
 
     def upload(self, w, received, mine, lr_sum):
@@ -318,7 +323,7 @@ class Distilling(FedAvg, synth.Synthesis):
     def learn_synthetic_data(self, t):
         trajectory, generator = self.state["trajectory"], rng(self.seed, "synthesis", t)
         data, losses = synth.synthesize(self.task, trajectory, self, generator)
-        last = [x for x in losses[-20:] if math.isfinite(x)]  # the others were left out
+        last = [x for x in losses[-20:] if math.isfinite(x)]  # a mean, since L is noisy
         learnt = {"X": data.images, "Y": data.logits, "matching": sum(last) / len(last)}
         kept = trajectory if self.resynthesize else []
         self.state = self.state | learnt | {"trajectory": kept}
@@ -393,7 +398,7 @@ class Federation:
         average: Annotated[Literal["uniform", "size"], "weights of the clients"] = "uniform",
         error_feedback: Annotated[
             Literal["auto", "on", "off"],
-            "send later what compression removed; auto: if the compressor is biased",
+            "send later what compression removed; auto: if the code is biased and contractive",
         ] = "auto",
     ):
         self.method, self.task, self.compressor = method, method.task, compressor
@@ -406,7 +411,10 @@ class Federation:
         self.informed = set()  # clients that have received the latest `broadcast_once`
 
     def feeds_back(self, wanted):
-        """Whether error feedback is used: "on", "off", or "auto". Unbiased errors need none."""
+        """Whether error feedback is used: "on", "off", or "auto". Unbiased errors need none.
+
+        A compressor that says nothing of itself gets it only if it is "on".
+        """
         vectors, compressor = self.method.fed_back, self.compressor
         contractive = getattr(compressor, "contractive", True)
         if wanted == "auto":
@@ -496,7 +504,7 @@ class Federation:
     def encode(self, work, i, sent, mine, received, batches):
         """The vectors that client i sends {name: [d]} as bytes: ({name: bytes}, memory)."""
         codec, buffers = self.method.codec(self.compressor, received, batches), {}
-        purpose = "compressor" if work == "train" else work
+        purpose = "compressor" if work == "train" else work  # other random numbers in each exchange
         for j, (name, x) in enumerate(sent.items()):
             if not x.isfinite().all():
                 raise FloatingPointError(f"{self.place()}, client {i}: its {name} is not finite")
@@ -521,7 +529,7 @@ class Federation:
         return always | once
 
     def through_wire(self, tensors, receivers):
-        """Encode and decode what goes down, and count its bytes. It is not compressed."""
+        """Tensors as they arrive; their bytes are counted. What goes down is not compressed."""
         arrived = {}
         for name, x in tensors.items():
             wire = Identity(x.dtype)

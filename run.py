@@ -22,7 +22,7 @@ The folder of a run holds config.json (settings, versions, hardware), log.jsonl 
 checkpoint.pt, result.json, curve.png and synthetic.png. A run that was killed and resumed ends with
 the same numbers as one that was not. The accuracy of a run is the mean over its last evaluations,
 never that of its best round; "up" and "down" are bytes, of all clients since round 0. Exit codes:
-0 done, 1 a run failed, 2 wrong input, 130 interrupted.
+0 done, 1 a run failed, 2 wrong input, or no run was begun, 130 interrupted.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def experiment(folder=None, *, watch=None, **settings):
 
 
 def row_of(federation, images, sample, settings):
-    """What the log says of the round that has just ended: {name: number}."""
+    """What the log says of the round that has just ended: {name: value}."""
     t = federation.t
     row = {"round": t, "up": federation.bytes_up, "down": federation.bytes_down}
     if getattr(federation, "left_out", None):
@@ -241,7 +241,7 @@ def result_of(config, federation, log, sample):
     settings, d = config["settings"], len(federation.w)
     last = [row for row in log if "train_loss" in row][-settings["last"] :]
     absent = sum(len(row.get("absent", ())) for row in log)  # scale/faults.py
-    uploads = max(1, settings["rounds"] * settings["participation"] - absent)
+    visits_made = max(1, settings["rounds"] * settings["participation"] - absent)
     return {
         "algo": settings["algo"],
         "seed": settings["seed"],
@@ -254,7 +254,7 @@ def result_of(config, federation, log, sample):
         "matching_loss": federation.method.state.get("matching"),
         "up": federation.bytes_up,
         "down": federation.bytes_down,
-        "bits": 8 * federation.bytes_up / (uploads * d),
+        "bits": 8 * federation.bytes_up / (visits_made * d),
     }
 
 
@@ -307,11 +307,11 @@ def runs_of(given, seeds=1):
 
     `--algo fedavg fedsam --rho 0.05` is fine, although FedAvg has no rho.
     """
-    runs, several_codes = {}, len(given.get("compress", ())) > 1
+    runs, several_compressors = {}, len(given.get("compress", ())) > 1
     for pair in pairs_of(given):
         known = {name for part in owners(given | pair) for name in settings_of(part)}
         mine = {name: value for name, value in (given | pair).items() if name in known}
-        arm = short(pair["algo"]) + (f"-{short(pair['compress'])}" if several_codes else "")
+        arm = short(pair["algo"]) + (f"-{short(pair['compress'])}" if several_compressors else "")
         first = mine.get("seed", Run.seed)
         for seed in range(first, first + seeds):
             label = f"{arm}-s{seed}"
@@ -331,9 +331,9 @@ def compare(folder, runs):
     code: 1 if one failed.
     """
     results, logs, failed = {}, {}, 0  # {arm: [one for each seed]}
-    several_codes = len({settings["compress"] for settings in runs.values()}) > 1
+    several_compressors = len({settings["compress"] for settings in runs.values()}) > 1
     for name, settings in runs.items():
-        arm = settings["algo"] + (f", {settings['compress']}" if several_codes else "")
+        arm = settings["algo"] + (f", {settings['compress']}" if several_compressors else "")
         try:
             outcome = experiment(folder and folder / name, **settings)
             results.setdefault(arm, []).append(outcome.result)
@@ -357,7 +357,7 @@ def parser(given):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind, word in SEVERAL.items():
         p.add_argument("--" + kind, nargs="+", metavar=word.upper(), help=f"one or more {word}s")
-    p.add_argument("--seeds", type=int, metavar="n", help="runs a method: seed, seed + 1, ...")
+    p.add_argument("--seeds", type=int, metavar="n", help="runs per method: seed, seed + 1, ...")
     p.add_argument("--name", help="name of the folder")
     p.add_argument("--out", type=Path, metavar="DIR", help="where folders are made (default runs)")
     p.add_argument("--resume", type=Path, metavar="DIR", help="continue this run or comparison")
@@ -418,7 +418,7 @@ def resumed(folder, given):
     for kind, words in named.items():
         if len(words) > 1:
             raise ValueError(f"{folder} holds one run, of one {SEVERAL[kind]}")
-        given |= {kind: word for word in words}
+        given |= {kind: words[0]} if words else {}
     return folder, {folder.name: stored_settings(folder, **given)}, False
 
 

@@ -80,9 +80,10 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
     this basis H is a tridiagonal matrix T, whose largest eigenvalue tends to that of H. Let s be
     the eigenvector of T that belongs to it. The Ritz vector y = sum_j s_j q_j has the residual
 
-        ||H y - value y|| = (last entry beside the diagonal of T) * |last entry of s|
+        ||H y - value y|| = ||r|| * |last entry of s|
 
-    which needs no further product. The iteration stops when it is at most tolerance * |value|, or
+    where r is what is left of the last product H q_j without its parts along the basis. So it needs
+    no further product. The iteration stops when it is at most tolerance * |value|, or
     after `steps` products, and keeps steps * d numbers. A small residual says that an eigenvalue is
     near; that it is the largest is likely, since the start is random, and not certain.
     like [d]: a vector of the type and on the device that are wanted.

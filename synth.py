@@ -72,7 +72,7 @@ def soft_cross_entropy(scores, logits):
 
 
 def synthetic_loss(apply, w, images, logits):
-    """The loss of the network apply(w [d], x) on all synthetic images -> []."""
+    """The loss of the network apply(w [d], x) on synthetic images -> []."""
     return soft_cross_entropy(apply(w, images), logits)
 
 
@@ -132,8 +132,8 @@ def first_guess(settings, image_shape, classes, generator, like):
     n = settings.ipc * classes
     images = torch.randn(n, *image_shape, generator=generator, dtype=like.dtype)
     one_hot = F.one_hot(torch.arange(classes).repeat_interleave(settings.ipc), classes)
-    step = torch.tensor(settings.syn_step)
-    return Synthetic(images.to(like), (settings.syn_labels * one_hot).to(like), step.to(like))
+    step = like.new_tensor(settings.syn_step)
+    return Synthetic(images.to(like), (settings.syn_labels * one_hot).to(like), step)
 
 
 def synthesize(task, trajectory, settings, generator):
@@ -153,6 +153,8 @@ def synthesize(task, trajectory, settings, generator):
 
 def learn(loss_of, guess, steps, rates):
     """Adam on X, Y and a with three rates: (Synthetic, values [steps] of loss_of(Synthetic, s)).
+
+    s is the number of the step.
 
     A step whose loss or gradient is not finite is left out, and the step size is halved. After ten
     such steps in a row, or if all fail, FloatingPointError is raised. DynaFed leaves this open.
@@ -183,8 +185,8 @@ def learn(loss_of, guess, steps, rates):
 def finetune(apply, w, images, logits, epochs, lr, batch):
     """DynaFed's server: w [d] after some epochs of Adam on the synthetic data -> [d].
 
-    A new Adam in every round, as in the released code. That code also augments the images. A batch
-    smaller than n is always the same images, mostly of one class: `first_guess` sorts them.
+    A new Adam in every round, as in the released code. That code also augments the images. Batches
+    smaller than n are the same in every epoch, each of few classes: `first_guess` sorts them.
     """
     w = w.clone().requires_grad_()
     adam = torch.optim.Adam([w], lr=lr)

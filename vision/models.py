@@ -266,7 +266,7 @@ def emptied(module):
 
 
 def mean_square(a):
-    """||a||^2 / n for each of the a [n] of a batch -> [B]."""
+    """The mean square of the numbers of each image, in any shape: a [B, ...] -> [B]."""
     a = a.movedim(1, -1).flatten(1)  # channels last, as they lie in memory
     return torch.linalg.vecdot(a, a) / a.shape[1]  # keeps no squares for the gradient
 
