@@ -690,9 +690,9 @@ def test_synth_a_trajectory_that_rests_or_is_too_short_is_refused():
 
 
 def test_synth_first_guess_is_noise_with_classes_in_order():
-    c = synth_settings(ipc=2, syn_labels=5.0, syn_step=0.25)
+    c = synth_settings(ipc=2, syn_labels=5.0, syn_step=0.1)
     X, Y, a = synth.first_guess(c, (1, 40, 50), 3, seeded(), torch.zeros(1, dtype=f64))
-    assert X.shape == (6, 1, 40, 50) and X.dtype == f64 and float(a) == 0.25
+    assert X.shape == (6, 1, 40, 50) and X.dtype == f64 and float(a) == 0.1
     assert abs(X.mean()) < 0.05 and X.std() == pytest.approx(1, abs=0.05)
     assert torch.equal(Y, 5.0 * F.one_hot(torch.tensor([0, 0, 1, 1, 2, 2]), 3))
 
