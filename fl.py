@@ -42,7 +42,8 @@ feedback is for), and `exchanges`, for methods whose clients upload something be
 (methods/alignment.py). CONTRIBUTING.md has the rules for a method of your own.
 
 Notation
-    w, w^t    on the server the global model, on a client its local one; global model of round t
+    w         the global model on the server, the local one on a client                        [d]
+    w^t       the global model of round t                                                      [d]
     g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
     u, e      ascent direction of SAM, and its step e = rho u / ||u||                          [d]
     update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
@@ -323,7 +324,7 @@ class Distilling(FedAvg, synth.Synthesis):
     def learn_synthetic_data(self, t):
         trajectory, generator = self.state["trajectory"], rng(self.seed, "synthesis", t)
         data, losses = synth.synthesize(self.task, trajectory, self, generator)
-        last = [x for x in losses[-20:] if math.isfinite(x)]  # a mean, since L is noisy
+        last = [x for x in losses[-20:] if math.isfinite(x)]  # their mean, as L is noisy
         learnt = {"X": data.images, "Y": data.logits, "matching": sum(last) / len(last)}
         kept = trajectory if self.resynthesize else []
         self.state = self.state | learnt | {"trajectory": kept}
@@ -398,7 +399,7 @@ class Federation:
         average: Annotated[Literal["uniform", "size"], "weights of the clients"] = "uniform",
         error_feedback: Annotated[
             Literal["auto", "on", "off"],
-            "send later what compression removed; auto: if the code is biased and contractive",
+            "send later what compression removed; auto: if that is biased and contractive",
         ] = "auto",
     ):
         self.method, self.task, self.compressor = method, method.task, compressor
@@ -413,7 +414,7 @@ class Federation:
     def feeds_back(self, wanted):
         """Whether error feedback is used: "on", "off", or "auto". Unbiased errors need none.
 
-        A compressor that says nothing of itself gets it only if it is "on".
+        A compressor that declares neither `unbiased` nor `contractive` has it only if it is "on".
         """
         vectors, compressor = self.method.fed_back, self.compressor
         contractive = getattr(compressor, "contractive", True)

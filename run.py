@@ -22,7 +22,7 @@ The folder of a run holds config.json (settings, versions, hardware), log.jsonl 
 checkpoint.pt, result.json, curve.png and synthetic.png. A run that was killed and resumed ends with
 the same numbers as one that was not. The accuracy of a run is the mean over its last evaluations,
 never that of its best round; "up" and "down" are bytes, of all clients since round 0. Exit codes:
-0 done, 1 a run failed, 2 wrong input, or no run was begun, 130 interrupted.
+0 done, 1 a run failed, 2 wrong input or a failure before the run, 130 interrupted.
 """
 
 import argparse
@@ -418,7 +418,8 @@ def resumed(folder, given):
     for kind, words in named.items():
         if len(words) > 1:
             raise ValueError(f"{folder} holds one run, of one {SEVERAL[kind]}")
-        given |= {kind: words[0]} if words else {}
+        if words:
+            given[kind] = words[0]
     return folder, {folder.name: stored_settings(folder, **given)}, False
 
 

@@ -152,9 +152,7 @@ def synthesize(task, trajectory, settings, generator):
 
 
 def learn(loss_of, guess, steps, rates):
-    """Adam on X, Y and a with three rates: (Synthetic, values [steps] of loss_of(Synthetic, s)).
-
-    s is the number of the step.
+    """Adam on X, Y and a with three rates: (Synthetic, values [steps] of loss_of(Synthetic, step)).
 
     A step whose loss or gradient is not finite is left out, and the step size is halved. After ten
     such steps in a row, or if all fail, FloatingPointError is raised. DynaFed leaves this open.

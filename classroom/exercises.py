@@ -374,10 +374,10 @@ def largest_eigenvalue(times, like, steps=100, tolerance=1e-3, seed=0):
 
         ||H y - value y|| = ||r|| * |last entry of s|
 
-    where r is what is left of the last product H q_j without its parts along the basis. So it needs
-    no further product. The iteration stops when it is at most tolerance * |value|, or
-    after `steps` products, and keeps steps * d numbers. A small residual says that an eigenvalue is
-    near; that it is the largest is likely, since the start is random, and not certain.
+    where r is the last product H q_j without its parts along the basis, so it costs no product. The
+    iteration stops when it is at most tolerance * |value|, or after `steps` products, and keeps
+    steps * d numbers. A small residual says that an eigenvalue is near; that it is the largest is
+    likely, since the start is random, and not certain.
     like [d]: a vector of the type and on the device that are wanted.
 
     "Largest" respects the sign: -3 is smaller than 1. PyHessian's power iteration reports the
