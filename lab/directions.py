@@ -96,8 +96,7 @@ class OnceARound(Oracle):
     """
 
     def broadcast(self, w):
-        sums = [len(chunk) * self.gradient(w, chunk) for chunk in self.peeked.split(500)]
-        return super().broadcast(w) | {"true": torch.stack(sums).sum(0) / len(self.peeked)}
+        return super().broadcast(w) | {"true": mean_gradient(self, w)}
 
     def direction(self, w, batch, received, mine):
         return received["true"]
@@ -108,7 +107,13 @@ class ManyImages(Oracle):
 
     def direction(self, w, batch, received, mine):
         with torch.autocast(w.device.type, torch.bfloat16):
-            return super().direction(w, batch, received, mine)
+            return mean_gradient(self, w)
+
+
+def mean_gradient(oracle, w):
+    """The gradient on all images at which the oracle peeks, 500 at a time: so it is faster. [d]"""
+    n = len(oracle.peeked)
+    return sum(len(few) / n * oracle.gradient(w, few) for few in oracle.peeked.split(500))
 
 
 class ClassMeans(FedSynSAM):

@@ -217,6 +217,7 @@ class Overfit(Skew):
             "oracle_images": 10000,
         },
         "true of 500 images": {"algo": "lab/directions.py:ManyImages", "oracle_images": 500},
+        "true of 2000 images": {"algo": "lab/directions.py:ManyImages", "oracle_images": 2000},
         "synthetic, 5 a class": synthetic | {"ipc": 5, "outer_steps": 800},
         "synthetic, 15 a class": synthetic | {"ipc": 15},
         "synthetic, 3000 steps": synthetic | {"outer_steps": 3000},
