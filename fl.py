@@ -44,7 +44,7 @@ feedback is for), and `exchanges`, for methods whose clients upload something be
 Notation
     w         the global model on the server, the local one on a client                        [d]
     w^t       the global model of round t                                                      [d]
-    g, G      gradient of F_i on a batch; direction of the local step, made from g             [d]
+    g, G      gradient of F_i on a batch; corrected gradient, which the local step follows     [d]
     u, e      ascent direction of SAM, and its step e = rho u / ||u||                          [d]
     update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
     lr_sum    K lr: -update / lr_sum is a mean G, weight decay included; a tensor under vmap
@@ -169,7 +169,7 @@ class FedAvg:
         return w, mine
 
     def correct(self, g, w, received, mine):
-        """The direction G [d] of the local step from w [d], made from the gradient g [d]."""
+        """The corrected gradient G [d] of the step from w [d], made from the gradient g [d]."""
         return g
 
     def move(self, w, G, mine, lr):
@@ -225,8 +225,8 @@ class SCAFFOLD(FedAvg):
         c_i' = c_i - c - update / lr_sum              c <- c + sum over the clients (c_i' - c_i) / N
 
     Without clipping and weight decay, and with variate = 1, -update / lr_sum is the mean of the K
-    directions g + c - c_i, so c_i' is the mean of the K gradients g. c is always the mean of the
-    c_i of all N clients, weighted as `average` says.
+    corrected gradients g + c - c_i, so c_i' is the mean of the K gradients g. c is always the mean
+    of the c_i of all N clients, weighted as `average` says.
     With variate below 1, c - c_i grows until variate (c - c_i) is the full correction: later, not
     smaller. As in Algorithm 1 both vectors are sent, although here the server could compute the
     second one from the first.

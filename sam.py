@@ -36,14 +36,13 @@ def unit(u):
     return u / u.norm().clamp_min(TINY)
 
 
-def perturb(w, direction, rho):
-    """The perturbed point w + rho u / ||u||.   w [d], direction u [d], rho >= 0 -> [d]
+def perturb(w, u, rho):
+    """The perturbed point w + rho u / ||u||.   w [d], u [d], rho >= 0 -> [d]
 
     One l2 norm over all coordinates. (FedLESAM's released code divides by the sum of the layers'
     norms instead, which moves w by as little as rho / 8 in a resnet18.)
     """
-    # 1 / norm first, so that a number rho and a tensor, which the server sent, give the same bits
-    return w + direction * (direction.norm().clamp_min(TINY).reciprocal() * rho)
+    return w + rho * unit(u)
 
 
 def blend(own, other, weight):

@@ -125,7 +125,7 @@ SYMBOLS = [  # (LaTeX, name in code, shape, meaning)
     (r"F_i, F", "task.loss", "number", "loss of client i; their mean, the global loss"),
     ("N, m, K", "N, m, K", "numbers", "clients; clients of a round; local steps"),
     (r"\eta, \eta_s", "lr, server_lr", "numbers", "step size of a client and of the server"),
-    ("g, G", "g, G", "[d]", "gradient of a batch; direction of the local step"),
+    ("g, G", "g, G", "[d]", "gradient of a batch; corrected gradient, for the local step"),
     (r"u", "u", "[d]", "ascent direction of SAM"),
     (r"\rho", "rho", "number", "radius of the ascent step"),
     (r"x, \hat x", "x, x_hat", "[d]", "an update; what is decoded from its bytes"),

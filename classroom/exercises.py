@@ -200,8 +200,8 @@ def with_feedback(compressor, x, e, generator=None):
 # 5. The step of SAM: perturb ----------------------------------------------------------------------
 
 
-def perturb(w, direction, rho):
-    """The perturbed point w + rho u / ||u||.   w [d], direction u [d], rho >= 0 -> [d]
+def perturb(w, u, rho):
+    """The perturbed point w + rho u / ||u||.   w [d], u [d], rho >= 0 -> [d]
 
     One l2 norm over all coordinates. (FedLESAM's released code divides by the sum of the layers'
     norms instead, which moves w by as little as rho / 8 in a resnet18.)

@@ -163,7 +163,7 @@ def tampered(theorems, before):
     changed += [n for n, (x, code) in before.items() if getattr(x, "__code__", None) is not code]
     zero = theorems.torch.zeros((), dtype=theorems.f64)
     nonsense = SimpleNamespace(
-        perturb=lambda w, direction, rho: w,
+        perturb=lambda w, u, rho: w,
         mean_square=lambda a: a.new_zeros(len(a)),
         matching_loss=lambda *_: zero,
         largest_eigenvalue=lambda *_, **__: 0.0,

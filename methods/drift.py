@@ -1,6 +1,6 @@
-"""Drift correction: clients whose data differ walk apart, and these methods add something to G.
+"""Drift correction: clients whose data differ walk apart, and these methods correct the gradient.
 
-    name      G, the direction of a local step     the client keeps  the server keeps
+    name      G, the corrected gradient            the client keeps  the server keeps
     FedProx   g + prox (w - w^t)                   nothing           nothing
     SCAFFOLD  g + c - c_i            (fl.py)       c_i               c, the mean of the c_i
     FedDyn    g + prox (w - w^t + h_i)             h_i               h, the mean of the h_i

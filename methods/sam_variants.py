@@ -72,7 +72,7 @@ class GCSAM(FedSAM):
         u = self.direction(w, batch, received, mine)
         Cu = centralise(u, self.task.shapes)
         length = (u if self.gc_code else Cu).norm()
-        return w + Cu * (self.rho / length.clamp_min(TINY)), mine
+        return w + self.rho * (Cu / length.clamp_min(TINY)), mine
 
     def correct(self, g, w, received, mine):
         g = g if self.gc_code else centralise(g, self.task.shapes)

@@ -576,7 +576,7 @@ except OSError:
 
 
 def test_a_module_that_does_not_import_says_so():
-    text = "def perturb(w, direction, rho:\n"
+    text = "def perturb(w, u, rho:\n"
     results, _ = grader.grade(text, handout.tree(data=False), ["topk", "perturb"], 60)
     assert {r.outcome for r in results.values()} == {FAILED}
     assert "SyntaxError" in results["topk"].message
