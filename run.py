@@ -425,13 +425,14 @@ def resumed(folder, given):
 
 def main(argv=None):
     """The command: exit code 0, 1, 2 or 130."""
-    folder = None
+    folder, begun = None, False
     try:
         given = read_command(argv)
         if "list" in given:
             say(listing())
             return 0
         folder, runs, several = job_of(given)
+        begun = True
         if several:
             return compare(folder, runs)
         (settings,) = runs.values()
@@ -447,7 +448,7 @@ def main(argv=None):
         return 1
     except (OSError, MemoryError, torch.OutOfMemoryError, visits.Lost) as error:
         complain(f"{error}; {way_on(folder)}")
-        return 1 if folder or isinstance(error, visits.Lost) else 2
+        return 1 if begun or isinstance(error, visits.Lost) else 2
     except KeyboardInterrupt:
         complain(f"interrupted; {way_on(folder)}")
         return 130

@@ -923,6 +923,17 @@ def test_run_wrong_input_is_one_helpful_line_and_code_2(words, hint, tmp_path, c
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
 
 
+def test_run_a_run_that_fails_in_another_rank_is_no_wrong_input(monkeypatch, capsys):
+    def fail(folder, **settings):
+        assert folder is None  # only the first rank has one
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(run, "first_rank", lambda: False)
+    monkeypatch.setattr(run, "experiment", fail)
+    code, _, err = run_main(capsys, "--algo", "fedavg", "--quick")
+    assert code == 1 and "the disk is full" in err
+
+
 def test_run_starts_without_slow_imports_and_bears_a_closed_pipe():
     slow = "matplotlib", "torchvision", "sympy", "torch._dynamo"
     code = f"import sys, run; print([m for m in {slow} if m in sys.modules])"
