@@ -57,8 +57,8 @@ ROWS = {  # (claim, split): what the job is, and what its row says
         "Directions gain most in which the very batch of the step takes part: own "
         "{Dir 0.1, own - Dir 0.1, fedavg | test_loss} of test loss, half own and half synthetic "
         "{Dir 0.1, mixture - Dir 0.1, fedavg | test_loss}. The true one has "
-        "{Dir 0.1, true - Dir 0.1, fedavg | test_loss}, of 500 images "
-        "{Dir 0.1, true of 500 images - Dir 0.1, fedavg | test_loss}.",
+        "{Dir 0.1, true - Dir 0.1, fedavg | test_loss}, of 2,000 images "
+        "{Dir 0.1, true of 2000 images - Dir 0.1, fedavg | test_loss}.",
     ),
 }
 END = (
