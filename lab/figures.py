@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.transforms import Bbox
 
 import run
 from lab import measures, study, verdicts
@@ -32,6 +33,11 @@ BLUE, RED, GREY = "#0072B2", "#D55E00", "#808080"  # Okabe-Ito: also for colour-
 OUTCOMES = {1: BLUE, -1: RED, 0: GREY}
 STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
+LINE = {"arrowstyle": "-", "lw": 0.6, "color": GREY, "shrinkA": 0, "shrinkB": 0}
+BESIDE = {"textcoords": "offset pixels", "fontsize": 8, "va": "center", "in_layout": False}
+BESIDE |= {"bbox": {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}}
+PLACES = [(x, y) for x in (9, -9, 25, -25, 60, -60, 100, -100) for y in range(-300, 301, 4)]
+PLACES.sort(key=lambda place: sum(np.abs(place)))  # in pixels from the point, the nearest first
 plt.switch_backend("agg")  # no screen is needed
 
 
@@ -248,19 +254,26 @@ def alike(found):
 
 
 def write_beside(points):
-    """The words of (axis, x, y, words) beside their points, so high that none covers another."""
-    taken, heights = [], [step * sign for step in range(0, 300, 7) for sign in (1, -1)]
-    paper = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
-    for axis, x, y, words in points:
-        text = axis.annotate(words, (x, y), (8, 0), textcoords="offset pixels", fontsize=8)
-        text.set(in_layout=False, va="center", bbox=paper)
-        if text.get_window_extent().x1 > axis.bbox.x1:
-            text.set(ha="right", x=-8)
-        for height in heights:
-            text.set_y(height)
-            if not any(text.get_window_extent().overlaps(box) for box in taken):
+    """The words of (axis, x, y, words) near their points, each with a line to its own.
+
+    They take the nearest place at which they cover no point and no other words. A point whose
+    words are "" is only kept free.
+    """
+    dots = [axis.transData.transform((x, y)) for axis, x, y, _ in points]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in dots]
+    for axis, x, y, words in [point for point in points if point[-1]]:
+        text = axis.annotate(words, (x, y), (0, 0), **BESIDE)
+        box = text.get_window_extent()
+        text.remove()
+        for right, up in PLACES:
+            left = right if right > 0 else right - box.width
+            place = box.translated(left, up)
+            inside = axis.bbox.x0 < place.x0 and place.x1 < axis.bbox.x1
+            if inside and not any(place.overlaps(other) for other in taken):
                 break
-        taken.append(text.get_window_extent())
+        line = LINE | {"relpos": (right < 0, 0.5)}  # from the nearer end of the words
+        axis.annotate(words, (x, y), (left, up), arrowprops=line, **BESIDE)
+        taken.append(place)
 
 
 def draw_gain(axis, x, ends, colour):

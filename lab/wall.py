@@ -82,6 +82,7 @@ LABELS = {  # what is written beside a dot; the others have none
     "true": "true, 100 images",
     "true of 10 images": "true, 10 images",
     "true of 500 images": "true, 500 images",
+    "true of 2000 images": "true, 2,000 images",
     "synthetic": "synthetic",
     "synthetic, rho 0.1": "synthetic",
     "synthetic, not learnt": "random images",
@@ -142,8 +143,7 @@ def draw_row(row, claim, table, split):
             x = getattr(p, measure)
             words = figures.words_of(p.arm).removesuffix(", as true")
             figures.draw_gain(axis, x, (p.mean, p.low, p.high), colour_of(words))
-            if words in LABELS:
-                labels.append((axis, x, p.mean, LABELS[words]))
+            labels.append((axis, x, p.mean, LABELS.get(words, "")))
         if near[measure].min() > 0 and near[measure].max() > 8 * near[measure].min():
             axis.set_xscale("log")
         correlation = figures.rank_correlation(near, measure) * (-1 if loss else 1)
