@@ -875,14 +875,14 @@ def test_the_page_for_the_wall_says_what_the_rows_say(tmp_path, monkeypatch):
 
 def test_no_words_of_a_figure_cover_others_or_a_point():
     page, axis = figures.plt.subplots()
-    heights = [0.5 + n / 1000 for n in range(5)] + [0.56]
+    places = [(0.5, 0.5 + n / 1000) for n in range(5)] + [(0.55, 0.5)]
     names = ["the same place"] * 5 + [""]  # the last point has no words, and they must not cover it
-    figures.write_beside([(axis, 0.5, y, words) for y, words in zip(heights, names)])
+    figures.write_beside([(axis, x, y, words) for (x, y), words in zip(places, names)])
     page.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in axis.texts]  # without the lines
     overlap = [a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n]]
     assert len(overlap) == 10 and not any(overlap)
-    points = axis.transData.transform([(0.5, y) for y in heights])
+    points = axis.transData.transform(places)
     assert not any(box.contains(*point) for box in boxes for point in points)
     for text, point in zip(axis.texts, points):
         assert text.arrow_patch.get_path().vertices[-1] == pytest.approx(point, abs=0.1)
