@@ -220,6 +220,7 @@ class Overfit(Skew):
         "true of 2000 images": {"algo": "lab/directions.py:ManyImages", "oracle_images": 2000},
         "synthetic, 5 a class": synthetic | {"ipc": 5, "outer_steps": 800},
         "synthetic, 15 a class": synthetic | {"ipc": 15},
+        "synthetic, 15 a class, 1000 steps": synthetic | {"ipc": 15, "outer_steps": 1000},
         "synthetic, 3000 steps": synthetic | {"outer_steps": 3000},
         "synthetic, anew every 25": synthetic | {"resynthesize": 25},
         "synthetic, warm-up 25": synthetic | {"warmup": 25},
