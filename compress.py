@@ -15,8 +15,8 @@ len(buffer) bytes. Shapes stand in brackets: x [d] has d entries, and [] is a si
 
 The checksum adds 32 bits to each, and a packed field is filled up to whole bytes. a = ceil(log2 d)
 bits name one of d places. qsgd cuts x into n buckets of q coordinates, and its grid has s levels
-above 0, which b = ceil(log2(s + 1)) bits number; omega = min(q / s^2, sqrt(q) / s) for the scale
-"l2", and q / (4 s^2) for "max".
+above 0, which b = ceil(log2(s + 1)) bits number; omega = min(q / (4 s^2), sqrt(q) / s), at most
+the paper's.
 
 A compressor is in the class U(omega) if it is unbiased and E||x_hat - x||^2 <= omega ||x||^2. It is
 in the class B(delta), or contractive, if E||x_hat - x||^2 <= (1 - delta) ||x||^2 with delta > 0.
@@ -74,7 +74,7 @@ def pack(v, bits):
 def unpack(b, n, bits):
     """The inverse of `pack`: bytes -> int64 [n]; ValueError if their length is wrong."""
     if bits > 8:
-        return unpack(b[:n], n, 8) | unpack(b[n:], n, bits - 8) << 8
+        return unpack(b[:n], n, 8) | (unpack(b[n:], n, bits - 8) << 8)
     expect(b, (n * bits + 7) // 8)
     if bits == 0:
         return b.new_zeros(n, dtype=torch.long)
@@ -83,7 +83,8 @@ def unpack(b, n, bits):
     groups = F.pad(b, (0, -len(b) % bits)).view(-1, bits)
     words = F.pad(groups, (0, 8 - bits)).contiguous().view(torch.long)
     mask = (1 << bits) - 1
-    return (words >> (bits * torch.arange(8, device=b.device)) & mask).reshape(-1)[:n]
+    eights = (words >> (bits * torch.arange(8, device=b.device))) & mask
+    return eights.reshape(-1)[:n]
 
 
 def to_bytes(x):
@@ -173,7 +174,7 @@ class TopK:
     Source: Stich et al. 2018, Definition 2.1.
     """
 
-    k: Annotated[float, "coordinates kept; below 1 a fraction of d, else a count", 1e-12] = 0.05
+    k: Annotated[float, "coordinates kept: a fraction of d if below 1, else a count", 1e-12] = 0.05
     dtype: torch.dtype = torch.float32
     unbiased = False
 
@@ -210,7 +211,7 @@ class RandK:
     Source: Stich et al. 2018.
     """
 
-    k: Annotated[float, "coordinates kept; below 1 a fraction of d, else a count", 1e-12] = 0.05
+    k: Annotated[float, "coordinates kept: a fraction of d if below 1, else a count", 1e-12] = 0.05
     scaled: Annotated[bool, "multiply by d/k (unbiased), or not (random masking)"] = True
     dtype: torch.dtype = torch.float32
 
@@ -224,7 +225,7 @@ class RandK:
 
     def places(self, seed, d):
         """The places that a seed stands for -> int64 [k], the same on every device."""
-        generator = torch.Generator().manual_seed(seed & 2**32 - 1)
+        generator = torch.Generator().manual_seed(seed & (2**32 - 1))
         return torch.randperm(d, generator=generator)[: count(self.k, d)]
 
     def encode(self, x, generator=None):
@@ -328,7 +329,7 @@ class QSGD:
         """The inverse of `write`: bytes -> signed levels int64 [d]."""
         b = self.levels.bit_length()
         code = unpack(code, d, 1 + b)
-        level = code & (1 << b) - 1
+        level = code & ((1 << b) - 1)
         return torch.where(code >> b > 0, -level, level)
 
 
@@ -367,7 +368,7 @@ def with_feedback(compressor, x, e, generator=None):
     client kept, 0 at first -> (buffer, new e [d]). The sum of everything sent plus the current e is
     the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk). With others
     e may grow without bound, as with scaled randk, so fl.Federation refuses a compressor whose
-    attribute `contractive` is False; one without it, such as QSGD, is the user's responsibility.
+    attribute `contractive` is False. QSGD has no such attribute: there it depends on the settings.
     Source: Karimireddy et al. 2019 (EF-SGD).
     """
     p = e + x

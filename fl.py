@@ -18,12 +18,12 @@ but for clipping and error feedback,
 
 Every client i has its own loss F_i; the goal is the minimum of their mean F. During the K steps a
 client moves towards the minimum of F_i instead: it drifts. A method is FedAvg with some of these
-hooks changed, here in the order of a round:
+hooks, the functions that the loop calls, changed; here in the order of a round:
 
     server   first_state      what it keeps, before round 0
              prepare          its work before a round
              broadcast        what every client receives
-             broadcast_once   what it receives in addition, and downloads only once
+             broadcast_once   what it receives in addition, but downloads only once
     client   first_memory     what it remembers, before its first round
              start            where its steps begin
     K times  direction        SAM methods only: the ascent direction u                    (sam.py)
@@ -49,7 +49,7 @@ Notation
     update    the sum of the K steps, about -K lr g: a descent direction, unlike g and u       [d]
     lr_sum    K lr: -update / lr_sum is a mean G, weight decay included; a tensor under vmap
     received  what a client got: `broadcast`, `broadcast_once`, the mean of an earlier exchange
-    mine      what this client remembers; `point`, `move`, `upload` and `remember` return it, too
+    mine      the memory of this client; `point`, `move`, `upload` and `remember` return it, too
     decoded   what the server reads from one upload
     mean      the mean over the clients of what `collect` made of it
 The last four are dicts {name: tensor}.
@@ -90,13 +90,13 @@ class FedAvg:
     Clipping is not part of the published algorithm; without it, some clients diverge at large lr.
     """
 
-    lr: Annotated[float, "learning rate of the local steps (0.1 for CIFAR)", 1e-12, None] = 0.4
+    lr: Annotated[float, "learning rate of the local steps (CIFAR: try 0.1)", 1e-12, None] = 0.4
     lr_decay: Annotated[float, "lr is multiplied by this after every round", 1e-12, 1] = 1.0
     server_lr: Annotated[float, "step size along the mean update", 1e-12, None] = 1.0
     clip: Annotated[float, "largest norm of G; 0: no clipping", 0, None] = 10.0
     weight_decay: Annotated[float, "adds weight_decay w to the clipped G", 0, None] = 0.0
 
-    # methods that a client runs in a round; each ends with an upload, and "train" is the last
+    # names of the functions that a client runs in a round: each ends with an upload, "train" last
     exchanges = ("train",)
     fed_back = ("update",)  # what error feedback is for
 
@@ -230,8 +230,8 @@ class SCAFFOLD(FedAvg):
     With variate below 1, c - c_i grows until variate (c - c_i) is the full correction: later, not
     smaller. As in Algorithm 1 both vectors are sent, although here the server could compute the
     second one from the first.
-    Error feedback is for the update only. The next change of c_i is the mean of the gradients g
-    minus the c_i that client and server hold, so it repairs what compression did to c_i.
+    Error feedback is for the update only. A change of c_i starts from the c_i that the decoded
+    changes add up to, which is also what c contains: so it repairs what compression did to c_i.
     """
 
     variate: Annotated[float, "factor of c - c_i; 0: no correction", 0, None] = 1.0
@@ -316,7 +316,8 @@ class Distilling(FedAvg, synth.Synthesis):
         if late <= 0 or self.resynthesize:
             trajectory = [*self.state["trajectory"], w][-(self.warmup + 1) :]
             self.state = self.state | {"trajectory": trajectory}
-        if late == 0 or (late > 0 and self.resynthesize and late % self.resynthesize == 0):
+        again = late > 0 and self.resynthesize and late % self.resynthesize == 0
+        if late == 0 or again:
             self.learn_synthetic_data(t)
             news = True
         return news
@@ -399,12 +400,15 @@ class Federation:
         average: Annotated[Literal["uniform", "size"], "weights of the clients"] = "uniform",
         error_feedback: Annotated[
             Literal["auto", "on", "off"],
-            "send later what compression removed; auto: if that is biased and contractive",
+            "send later what compression removed; auto: if biased and contractive",
         ] = "auto",
     ):
         self.method, self.task, self.compressor = method, method.task, compressor
-        self.m, self.feedback = participation, self.feeds_back(error_feedback)
         sizes = self.task.sizes
+        if not 1 <= participation <= len(sizes):
+            N = len(sizes)
+            raise ValueError(f"participation = {participation}; it must be in 1..{N} clients")
+        self.m, self.feedback = participation, self.feeds_back(error_feedback)
         self.weights = {"uniform": [1] * len(sizes), "size": sizes}[average]
         self.w, self.t = self.task.w0.clone(), 0
         self.bytes_up, self.bytes_down = 0, 0
@@ -414,7 +418,7 @@ class Federation:
     def feeds_back(self, wanted):
         """Whether error feedback is used: "on", "off", or "auto". Unbiased errors need none.
 
-        A compressor that declares neither `unbiased` nor `contractive` has it only if it is "on".
+        One that declares neither `unbiased` nor `contractive` counts as unbiased: "auto" means off.
         """
         vectors, compressor = self.method.fed_back, self.compressor
         contractive = getattr(compressor, "contractive", True)
@@ -511,9 +515,9 @@ class Federation:
                 raise FloatingPointError(f"{self.place()}, client {i}: its {name} is not finite")
             generator = self.rng(purpose, self.t, i, j, device=x.device)
             if self.feedback and name in self.method.fed_back:
-                e = mine["residual of " + name]
-                buffers[name], e = with_feedback(codec, x, e, generator)
-                mine = mine | {"residual of " + name: e}
+                residual = mine["residual of " + name]
+                buffers[name], residual = with_feedback(codec, x, residual, generator)
+                mine = mine | {"residual of " + name: residual}
             else:
                 buffers[name] = codec.encode(x, generator)
         return buffers, mine

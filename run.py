@@ -112,6 +112,21 @@ def resolve(**given):
 
     Raises ValueError for a setting that no part of the run has, or a value that is not legal.
     """
+    settings = filled(**given)
+    T = settings["rounds"]
+    for name in ("warmup", "swa_start"):  # else the method would never begin
+        if settings.get(name, 0) >= T:
+            raise ValueError(f"{name} = {settings[name]} must be below the number of rounds, {T}")
+    return settings
+
+
+def quick(**given):
+    """As `resolve`, but a tenth of the rounds, and less of all else that was not given."""
+    return resolve(**given | tenth(filled(**given), given))
+
+
+def filled(**given):
+    """As `resolve`, each setting for itself."""
     settings, owner = {}, {}
     for part in owners(given):
         for name, setting in settings_of(part).items():
@@ -123,16 +138,7 @@ def resolve(**given):
     for name in given:
         if name not in settings:
             raise ValueError(f"{name} is no setting of this run; {who_has(name, settings)}")
-    T = settings["rounds"]
-    for name in ("warmup", "swa_start"):  # else the method would never begin
-        if settings.get(name, 0) >= T:
-            raise ValueError(f"{name} = {settings[name]} must be below the number of rounds, {T}")
     return settings
-
-
-def quick(settings, given=()):
-    """A small version of the job, a tenth of the rounds, but for settings that were given."""
-    return resolve(**settings | tenth(settings, given))
 
 
 def compose(settings):
@@ -149,9 +155,6 @@ def compose(settings):
     clients = images.clients or split.partition(
         splitter, images.train.y, settings["clients"], seed, **of(splitter)
     )
-    m, N = settings["participation"], len(clients)  # the data may bring its own clients
-    if m > N:
-        raise ValueError(f"participation = {m} is out of range; it must be in 1..{N} clients")
     images_task = task.Images(model, images.train, clients, **of(task.Images))
     compressor = compressor(**of(compressor))
     compressor.encode(model.w0)  # k of top-k, for instance, may not fit
@@ -302,9 +305,10 @@ def pairs_of(given):
     return [{"algo": a, "compress": c} for a in algos for c in compressors]
 
 
-def runs_of(given, seeds=1):
+def runs_of(given, seeds=1, settle=resolve):
     """The runs of a command: {name: settings}. Each run gets those flags that it has a use for.
 
+    settle makes settings of flags: `resolve` or `quick`.
     `--algo fedavg fedsam --rho 0.05` is fine, although FedAvg has no rho.
     """
     runs, several_compressors = {}, len(given.get("compress", ())) > 1
@@ -317,7 +321,7 @@ def runs_of(given, seeds=1):
             label = f"{arm}-s{seed}"
             if label in runs:
                 raise ValueError(f"two runs would be called {label}; each needs a name of its own")
-            runs[label] = resolve(**mine | {"seed": seed})
+            runs[label] = settle(**mine | {"seed": seed})
     return runs
 
 
@@ -393,11 +397,9 @@ def job_of(given):
     small, seeds, folder = given.pop("quick", False), given.pop("seeds", 1), None
     if not 1 <= seeds <= 1000:
         raise ValueError(f"seeds = {seeds} is out of range; it must be in 1..1000")
-    runs = runs_of(given, seeds)
-    if small:
-        runs = {label: quick(settings, given) for label, settings in runs.items()}
+    runs = runs_of(given, seeds, quick if small else resolve)
     several = len(runs) > 1
-    for settings in {(own["algo"], own["compress"]): own for own in runs.values()}.values():
+    for settings in [*runs.values()][::seeds]:
         compose(settings)  # one seed of each, so that wrong input is found before a folder is made
     if first_rank():
         folder = new_folder(root, name, "comparison" if several else next(iter(runs)))

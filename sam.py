@@ -32,7 +32,7 @@ TINY = 1e-12  # a direction of zeros moves nothing, instead of 0 / 0
 
 
 def unit(u):
-    """u / ||u||, and 0 for u = 0.   u [d] -> [d]"""
+    """u / ||u||, and 0 for u = 0; shorter if ||u|| < TINY.   u [d] -> [d]"""
     return u / u.norm().clamp_min(TINY)
 
 

@@ -11,8 +11,8 @@ the trajectory:
 
 The target lies `window` rounds ahead, or is a mean of snapshots until then (`draw_segment`). Adam
 lowers L by moving the images X [n, C, H, W], the label logits Y [n, classes] and the step size a,
-with gradients through all M inner steps (`synthesize`); the rate of the step size is so low that it
-hardly moves. L = 1 means that training on D comes no nearer to the target, L = 0 that it leads
+with gradients through all M inner steps (`synthesize`); Adam's rate for a is so low that a hardly
+moves. L = 1 means that training on D comes no nearer to the target, L = 0 that it leads
 exactly there.
 
     DynaFed      the server trains every new global model on D                  (`finetune`)
@@ -98,7 +98,7 @@ def draw_segment(trajectory, window, average, generator):
 
     The target is w^{p+window}. If average, it is the mean of r snapshots, drawn with replacement
     from w^{p+1} ... w^{p+window}, with r drawn from 2 ... window (r = 1 if window is 1). A segment
-    whose ends are equal is drawn again, since the matching loss would divide by zero.
+    that does not move is drawn again, since the matching loss would divide by zero.
     Raises ValueError if the trajectory is too short, FloatingPointError if nothing in it moves.
     """
     if len(trajectory) <= window:
@@ -112,13 +112,12 @@ def draw_segment(trajectory, window, average, generator):
 
     for _ in range(100):
         p = draw(0, len(trajectory) - window)
-        target = trajectory[p + window]
+        ahead = [trajectory[p + window]]
         if average:
             r = draw(min(2, window), window + 1)
-            chosen = [trajectory[p + draw(1, window + 1)] for _ in range(r)]
-            target = torch.stack(chosen).mean(0)
-        if not torch.equal(target, trajectory[p]):
-            return trajectory[p], target
+            ahead = [trajectory[p + draw(1, window + 1)] for _ in range(r)]
+        if any(not torch.equal(w, trajectory[p]) for w in ahead):  # of a mean, rounding differs
+            return trajectory[p], torch.stack(ahead).mean(0)
     raise FloatingPointError(
         "the trajectory does not move: its models are equal, so nothing can be learnt"
     )
@@ -143,8 +142,8 @@ def synthesize(task, trajectory, settings, generator):
     def loss_of(synthetic, s):
         start, target = draw_segment(trajectory, window, average, generator)
         X, Y, a = synthetic
-        views = (augmented(X, generator) if settings.syn_augment else X for _ in range(M))
-        return matching_loss(unroll(task.apply, start, ((x, Y) for x in views), a), start, target)
+        batches = [(augmented(X, generator) if settings.syn_augment else X, Y) for _ in range(M)]
+        return matching_loss(unroll(task.apply, start, batches, a), start, target)
 
     guess = first_guess(settings, task.image_shape, task.classes, generator, trajectory[0])
     rates = (settings.rate_images, settings.rate_labels, settings.rate_step)
@@ -152,10 +151,11 @@ def synthesize(task, trajectory, settings, generator):
 
 
 def learn(loss_of, guess, steps, rates):
-    """Adam on X, Y and a with three rates: (Synthetic, values [steps] of loss_of(Synthetic, step)).
+    """Adam on X, Y and a with three rates: (Synthetic, values [steps] of loss_of(Synthetic, s)).
 
-    A step whose loss or gradient is not finite is left out, and the step size is halved. After ten
-    such steps in a row, or if all fail, FloatingPointError is raised. DynaFed leaves this open.
+    s counts Adam's steps. One whose loss or gradient is not finite is left out, and a is halved.
+    After ten such steps in a row, or if all fail, FloatingPointError is raised. This rule is this
+    project's choice: DynaFed leaves it open.
     """
     learnt = Synthetic(*(x.clone().requires_grad_() for x in guess))
     adam = torch.optim.Adam([{"params": [x], "lr": rate} for x, rate in zip(learnt, rates)])

@@ -44,7 +44,7 @@ class TopK:
     Source: Stich et al. 2018, Definition 2.1.
     """
 
-    k: Annotated[float, "coordinates kept; below 1 a fraction of d, else a count", 1e-12] = 0.05
+    k: Annotated[float, "coordinates kept: a fraction of d if below 1, else a count", 1e-12] = 0.05
     dtype: torch.dtype = torch.float32
     unbiased = False
 
@@ -74,7 +74,7 @@ class RandK:
     Source: Stich et al. 2018.
     """
 
-    k: Annotated[float, "coordinates kept; below 1 a fraction of d, else a count", 1e-12] = 0.05
+    k: Annotated[float, "coordinates kept: a fraction of d if below 1, else a count", 1e-12] = 0.05
     scaled: Annotated[bool, "multiply by d/k (unbiased), or not (random masking)"] = True
     dtype: torch.dtype = torch.float32
 
@@ -88,7 +88,7 @@ class RandK:
 
     def places(self, seed, d):
         """The places that a seed stands for -> int64 [k], the same on every device."""
-        generator = torch.Generator().manual_seed(seed & 2**32 - 1)
+        generator = torch.Generator().manual_seed(seed & (2**32 - 1))
         return torch.randperm(d, generator=generator)[: count(self.k, d)]
 
     def encode(self, x, generator=None):
@@ -175,7 +175,7 @@ class QSGD:
         """The inverse of `write`: bytes -> signed levels int64 [d]."""
         b = self.levels.bit_length()
         code = unpack(code, d, 1 + b)
-        level = code & (1 << b) - 1
+        level = code & ((1 << b) - 1)
         return torch.where(code >> b > 0, -level, level)
 
 
@@ -191,7 +191,7 @@ def with_feedback(compressor, x, e, generator=None):
     client kept, 0 at first -> (buffer, new e [d]). The sum of everything sent plus the current e is
     the sum of all x. Use it with contractive compressors (topk, sign, unscaled randk). With others
     e may grow without bound, as with scaled randk, so fl.Federation refuses a compressor whose
-    attribute `contractive` is False; one without it, such as QSGD, is the user's responsibility.
+    attribute `contractive` is False. QSGD has no such attribute: there it depends on the settings.
     Source: Karimireddy et al. 2019 (EF-SGD).
     """
     raise NotImplementedError

@@ -399,8 +399,7 @@ def bound_holds_for_three_draws(c, shape):
 def bound(c, x):
     d = len(x)
     if isinstance(c, QSGD):
-        omega = min(d / c.levels**2, d**0.5 / c.levels)
-        return omega if c.scale == "l2" else math.inf
+        return min(d / (4 * c.levels**2), d**0.5 / c.levels)
     return {
         TopK: lambda: 1 - c.k,
         RandK: lambda: 1 - int(c.k * d) / d,

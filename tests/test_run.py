@@ -213,8 +213,7 @@ def test_run_a_setting_of_another_part_is_refused_with_who_has_it():
 
 def test_run_quick_is_the_same_job_and_legal_for_every_method():
     for algo in parts("algo"):
-        settings = run.resolve(algo=algo)
-        small = run.quick(settings)
+        settings, small = run.resolve(algo=algo), run.quick(algo=algo)
         assert run.resolve(**small) == small and small["rounds"] == 8 and small["last"] == 1
         assert small.get("swa_start", 0) < small["rounds"]  # else nothing would be averaged
         changed = {name for name in small if small[name] != settings[name]}
@@ -224,10 +223,10 @@ def test_run_quick_is_the_same_job_and_legal_for_every_method():
 
 
 def test_run_quick_leaves_rounds_after_the_synthesis():
-    for rounds, start in ((60, 59), (60, 55), (10, 9), (3, 2)):
-        for settings in ({"algo": "dynafed", "warmup": start}, {"algo": "swa", "swa_start": start}):
-            small = run.quick(run.resolve(rounds=rounds, **settings))
-            assert run.resolve(**small) == small
+    for rounds in (2, 3, 9, 10, 11, 40, 60):  # the defaults are warmup 10, swa_start 40
+        for algo, start in (("dynafed", "warmup"), ("swa+fedavg", "swa_start")):
+            small = run.quick(algo=algo, rounds=rounds)
+            assert small["rounds"] == rounds > small[start]
 
 
 # Parts.
@@ -338,11 +337,12 @@ def test_run_the_card_of_the_main_job_shows_the_stored_numbers_of_its_rivals(tmp
 
 
 def test_run_quick_leaves_given_settings_alone():
-    settings = run.resolve(rounds=5, warmup=4)
-    assert run.quick(settings)["rounds"] == 3
-    assert run.quick(settings, {"rounds": 5, "algo": "fedsynsam"})["rounds"] == 5
-    small = run.quick(run.resolve(window=3), {"window": 3})
+    assert run.quick()["rounds"] == 8
+    assert run.quick(rounds=5, algo="fedsynsam")["rounds"] == 5
+    small = run.quick(window=3)
     assert small["window"] == small["warmup"] == 3
+    with pytest.raises(ValueError, match="warmup = 8 must be below"):
+        run.quick(rounds=8, warmup=8)
 
 
 def test_run_two_methods_are_combined_by_a_plus(run_tiny):
