@@ -1102,7 +1102,7 @@ def test_the_notes_say_which_radius_the_validation_images_choose():
         cells = re.findall(r"(\**)\{([^}]*) - Dir 0.1, fedavg \| test_loss\}", line)
         arms = {report.arm_called(name, table): bool(bold) for bold, name in cells}
         assert len(arms) > 1 and [arm for arm in arms if arms[arm]] == [loss[[*arms]].idxmin()]
-    assert len(said) == 9
+    assert len(said) == 10
 
 
 def test_the_notes_say_which_learning_rates_three_levels_got():
