@@ -333,7 +333,8 @@ def to_fedavg(claim, table, measure):
     """Paired differences of every arm to FedAvg: DataFrame with arm, mean, low, high."""
     arms, rows = list(dict.fromkeys(table.arm)), []
     for arm in arms:
-        base = next((a for a in arms if a.startswith(claim.baseline(arm))), None)
+        base = claim.baseline(arm)  # or its beginning, as "fedavg (" of "fedavg (lr 0.2)"
+        base = base if base in arms else next((a for a in arms if a.startswith(base)), None)
         if base not in (None, arm):
             x = verdicts.differences(table, Value(arm, measure), Value(base, measure))
             rows.append((arm, *verdicts.interval(x)))

@@ -3,7 +3,7 @@
     python -m lab.report
 
 README.md is what to read: what each claim says, how it came out, figures and prose. results/NAME.md
-has the table of a claim and all of its comparisons. Every number comes out of a row in results/.
+has the table of a claim and all of its comparisons. Their numbers come out of the rows in results/.
 Prose stands in lab/notes.md, where a number is written as a place in a table and filled in here:
 
     {fedsam | accuracy}              mean ± half the 95 % t-interval over the seeds of an arm
@@ -50,7 +50,12 @@ def number(arms, measure, table):
     values = [Value(arm_called(name.strip(), table), measure) for name in arms.split(" - ")]
     if len(values) == 1:
         return verdicts.pm(verdicts.values(table, values[0]), MEASURES[measure][1])
-    mean, low, high = verdicts.interval(verdicts.differences(table, *values))
+    return words_of(verdicts.differences(table, *values), measure)
+
+
+def words_of(x, measure):
+    """The mean of differences x [n] of a measure, and its t-interval."""
+    mean, low, high = verdicts.interval(x)
     digits = verdicts.finer(measure) if abs(mean) < 100 else 0
     return f"{mean:+,.{digits}f} [{low:+,.{digits}f}, {high:+,.{digits}f}]"
 
@@ -76,7 +81,7 @@ def section(claim, outcomes, prose):
     lines.append(f"`{claim.command}`; [its table and all comparisons]({claim.name}.md).")
     for task, (table, found, word) in outcomes.items():
         lines += [f"### {task}"] if task else []
-        lines.append(f"**{word}.** {counted(found)}")
+        lines.append(f"**{word}.** {counted(found)} {seeds_text(table)}")
         file = Path(figures.file_name(claim.name, task))
         for suffix in ("", *claim.pictures):
             lines.append(f"![{claim.name}{suffix}]({file.with_stem(file.stem + suffix)})")
@@ -122,6 +127,11 @@ def processor(machine):
 def counted(found):
     """How many comparisons are judged, and how they came out."""
     return f"Of {(found.sign != 0).sum()} comparisons: {came_out(found)}."
+
+
+def seeds_text(table):
+    """How many seeds an arm of a table has."""
+    return f"Seeds: {' or '.join(map(str, sorted(set(table.groupby('arm').seed.nunique()))))}."
 
 
 def came_out(found):
@@ -182,13 +192,15 @@ def pooled(pairs, tables, measure="accuracy"):
 def pooled_text(found):
     """POOLED as a table in Markdown; what needs a claim without rows is left out."""
     tables = {name: outcomes[""][0] for name, (*_, outcomes) in found.items() if "" in outcomes}
-    lines = ["| | points | seeds | claims |", "| --- | --- | --- | --- |"]
+    measures = ("accuracy", "mean_model", "test_loss", "eigenvalue")
+    titles = ["", *(MEASURES[m][0] for m in measures), "seeds", "claims"]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for what, pairs in POOLED.items():
         if set(pairs) <= set(tables):
-            x = pooled(pairs, tables)
-            mean, low, high = verdicts.interval(x)
-            words = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-            lines.append(f"| {what} | {words} | {len(x)} | {', '.join(pairs)} |")
+            x = {m: pooled(pairs, tables, m) for m in measures}
+            cells = [what, *(words_of(x[m], m) for m in measures)]
+            cells += [str(len(x["accuracy"])), ", ".join(pairs)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@
 
 A client's gradient g on a batch has three parts: the gradient of F; what the client has of its own;
 what the batch has of its own. Where a network overfits, an ascent along the third may help it
-generalise; where clients differ much, an ascent along the second misleads. The debiased direction
-keeps the third and puts g_syn in the place of the other two.
+generalise; where clients differ much, an ascent along the second may mislead. The debiased
+direction keeps the third and puts g_syn in the place of the other two.
 The descent along g has the second part, too, and drifts. A share of g_syn in the step works against
 it, for no byte more. results/README.md says what both are worth (overfit, cifar, whose, descent).
 """

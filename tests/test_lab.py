@@ -783,6 +783,18 @@ def test_gains_are_paired_differences_to_fedavg_on_the_same_split(tmp_path):
         assert found.low.tolist() == pytest.approx(found.high.tolist())  # seeds cancel
 
 
+def test_the_overview_pairs_every_arm_with_its_own_baseline():
+    """Not with one whose name begins alike: fedsynsam-d, not fedsynsam-descent."""
+    claim, table = STORED["descent"][0], TABLES["descent"][""]
+    found = figures.to_fedavg(claim, table, "accuracy").set_index("arm")
+    mean = table.groupby("arm").accuracy.mean()
+    assert len(found) == 4 and claim.baseline("fedsynsam-descent+feddyn") == "fedsynsam-d"
+    for arm, height in found["mean"].items():
+        assert height == pytest.approx(mean[arm] - mean[claim.baseline(arm)])
+    accuracy = TABLES["accuracy"][""]  # where a baseline is the beginning of a label
+    assert len(figures.to_fedavg(STORED["accuracy"][0], accuracy, "accuracy")) == 7
+
+
 def test_the_searches_of_whose_are_for_directions_that_have_no_settings_yet(tmp_path):
     claim = onebit.Whose("cpu", tmp_path)
     searches = claim.searches()
