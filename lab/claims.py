@@ -30,6 +30,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     means        FedSynSAM with mean images of each class in place of learnt ones
     corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
+    again        five of these with other seeds
     cifar        the same with all 50,000 images of CIFAR-10, for a GPU
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the job of untuned
@@ -50,7 +51,7 @@ KINDS = (onebit.Default, onebit.Untuned, papers.Sharpness, onebit.Compressed, on
 KINDS += (onebit.Levels, papers.Alignment, ours.Learnt, ours.Trajectory)
 KINDS += (papers.Accuracy, papers.Hyper, papers.FedSynth, papers.GradAlign, papers.Man)
 KINDS += (ours.Oracle, ours.Skew, onebit.Whose, means.Means, ours.Corrected, ours.Overfit)
-KINDS += (onebit.Photographs, ours.Cifar, onebit.Descent)
+KINDS += (ours.Again, onebit.Photographs, ours.Cifar, onebit.Descent)
 KINDS += (onebit.Radius,)
 CLAIMS = {kind.__name__.lower(): kind for kind in KINDS}
 
