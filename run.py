@@ -51,6 +51,7 @@ from plumbing.folder import (
     described,
     first_rank,
     new_folder,
+    one_version,
     read_result,
     restore,
     save,
@@ -157,7 +158,9 @@ def compose(settings):
     )
     images_task = task.Images(model, images.train, clients, **of(task.Images))
     compressor = compressor(**of(compressor))
-    compressor.encode(model.w0)  # k of top-k, for instance, may not fit
+    decoded = compressor.decode(compressor.encode(model.w0), len(model.w0))  # k may not fit
+    if decoded.shape != model.w0.shape:
+        raise ValueError(f"{compressor} decodes {[*decoded.shape]} and not [{len(model.w0)}]")
     visitor, how = visitor_of(settings, device)
     method = method(images_task, seed, **of(method))
     return visitor(method, compressor, **of(fl.Federation), **how), images
@@ -325,30 +328,33 @@ def runs_of(given, seeds=1, settle=resolve):
     return runs
 
 
-FAILURES = (FloatingPointError, ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-
-
 def compare(folder, runs):
     """Make the runs {name: settings} in folders of their own, then table.md and curve.png.
 
     A run that fails does not stop the others, and leaves an older table as it was. Returns the exit
     code: 1 if one failed.
     """
-    results, logs, failed = {}, {}, 0  # {arm: [one for each seed]}
+    results, logs, done, failed = {}, {}, [], 0  # {arm: [one for each seed]}
     several_compressors = len({settings["compress"] for settings in runs.values()}) > 1
     for name, settings in runs.items():
         arm = settings["algo"] + (f", {settings['compress']}" if several_compressors else "")
         try:
             outcome = experiment(folder and folder / name, **settings)
+            if first_rank():
+                one_version([*done, folder / name])
+                done.append(folder / name)
             results.setdefault(arm, []).append(outcome.result)
             logs.setdefault(arm, []).append(outcome.log)
-        except FAILURES as error:
-            complain(f"{name}: {error}{place_of(error)}")
+        except Exception as error:
+            if "WORLD_SIZE" in os.environ and not isinstance(error, FloatingPointError):
+                raise  # other ranks may not see it, and would wait
+            kind = "" if isinstance(error, (ValueError, ArithmeticError, OSError)) else type(error)
+            complain(f"{name}: {kind and kind.__name__ + ': '}{error}{place_of(error)}")
             failed = 1
     if results and first_rank():
         if not failed or not (folder / "table.md").exists():
-            plots.curve(folder / "curve.png", logs, folder.name)
             write(folder / "table.md", table(results) + "\n")
+            plots.curve(folder / "curve.png", logs, folder.name)
         say(f"{table(results)}\nfolder {folder}")
     return failed
 
@@ -360,7 +366,13 @@ def parser(given):
     """The flags of the parts that are given; a flag that is not used stays absent."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind, word in SEVERAL.items():
-        p.add_argument("--" + kind, nargs="+", metavar=word.upper(), help=f"one or more {word}s")
+        p.add_argument(
+            "--" + kind,
+            nargs="+",
+            action="extend",
+            metavar=word.upper(),
+            help=f"one or more {word}s",
+        )
     p.add_argument("--seeds", type=int, metavar="n", help="runs per method: seed, seed + 1, ...")
     p.add_argument("--name", help="name of the folder")
     p.add_argument("--out", type=Path, metavar="DIR", help="where folders are made (default runs)")
@@ -382,7 +394,7 @@ def read_command(argv):
     """The command line as {name: value}, in two steps: which parts, and then their flags."""
     first = Parser(add_help=False)
     for kind in SEVERAL:
-        first.add_argument("--" + kind, nargs="+")
+        first.add_argument("--" + kind, nargs="+", action="extend")
     for kind in ("model", "partition"):
         first.add_argument("--" + kind)
     which, _ = first.parse_known_args(argv)

@@ -8,8 +8,10 @@ and docstring, and the chapters in a handout have the same holes, so that it hol
     python -m classroom.exercises --handout DIR   the folder for students
 """
 
+import argparse
 import ast
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,5 +249,29 @@ def write(folder):
     shutil.copymode(ROOT / "run.py", folder / "run.py")
 
 
+def answered(text):
+    """Which functions of exercises.py have a body in this text."""
+    tree, found = ast.parse(text), []
+    for name in ["Mine.direction", *(name for names in holes().values() for name in names)]:
+        try:
+            found += [name] if HOLE not in ast.unparse(defined(tree, name)) else []
+        except StopIteration:  # it is not there: a new exercise, or one of HIDDEN
+            continue
+    return found
+
+
+def main(argv=None):
+    """The command: exit code 0 or 2."""
+    p = argparse.ArgumentParser("python -m classroom.handout", description="exercises.py anew")
+    p.parse_args(argv)
+    path = ROOT / "classroom" / "exercises.py"
+    found = answered(path.read_text()) if path.exists() else []
+    if found:
+        print(f"{path} holds answers ({found[0]}); move it away first", file=sys.stderr)
+        return 2
+    path.write_text(exercises_source())
+    return 0
+
+
 if __name__ == "__main__":
-    (ROOT / "classroom" / "exercises.py").write_text(exercises_source())
+    sys.exit(main())

@@ -52,7 +52,7 @@ import run
 import sam
 import synth
 from plumbing.folder import read_json, whole
-from plumbing.settings import closest
+from plumbing.settings import PLACES, closest
 from vision import task
 
 # --------------------------------------------------------------------------------------- the loss L
@@ -500,7 +500,8 @@ def main(argv=None):
     p = run.Parser(prog="python -m lab.measures", description=__doc__.split("\n")[0])
     p.add_argument("folder", type=Path)
     p.add_argument("names", nargs="*", default=["eigenvalues", "trace", "sam"])
-    p.add_argument("--algo", help="again, if the method is in a file of yours")
+    for kind in PLACES:
+        p.add_argument("--" + kind, help="again, if it is in a file of yours")
     try:
         given = vars(p.parse_args(argv))
         folder, names = given.pop("folder"), given.pop("names")

@@ -267,6 +267,8 @@ def changes_of(words):
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--set {word}: it must be NAME=VALUE, as in rho=0.05")
+        if name in ("algo", "seed"):
+            raise ValueError(f"--set {word}: --algo and --seeds say that")
         try:
             changes[name] = json.loads(value)
         except ValueError:

@@ -45,7 +45,7 @@ def read_result(path, config):
 
 def first_rank():
     """Is this the process that writes and prints? Of several under torchrun, it is rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"
 
 
 @contextlib.contextmanager
@@ -95,11 +95,13 @@ def label_of(kind, part):
 
 
 def digest_of(images):
-    """A digest of all images and labels: a run is not continued on other data."""
+    """A digest of all images and labels, and of whose they are, if the data say it."""
     digest = hashlib.blake2b(digest_size=8)
     for some in (images.train, images.val, images.test):
         digest.update(some.x.cpu().numpy())
         digest.update(some.y.cpu().numpy())
+    for client in images.clients or ():
+        digest.update(f"{len(client)} ".encode() + client.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -120,8 +122,11 @@ def machine():
 
 
 def agree(path, config):
-    """Write config.json, or ValueError if there is one of another run."""
+    """Write config.json, or ValueError if there is one of another run, or only other files."""
     if not path.exists():
+        for name in ("checkpoint.pt", "log.jsonl", "result.json", "curve.png", "synthetic.png"):
+            if path.with_name(name).exists():
+                raise ValueError(f"{path.parent} holds {name} and no run; choose a new folder")
         return write_json(path, config)
     ours, theirs = flat(config), flat(read_json(path, sealed=True))
     for name in ours | theirs:  # the settings first, the hash last
@@ -130,6 +135,16 @@ def agree(path, config):
             if name.endswith(".py"):
                 raise ValueError(f"{path} is of another run: {name} has changed since then")
             raise ValueError(f"{path} is of another run: {name} was {old!r}, and is {new!r} now")
+
+
+def one_version(folders):
+    """ValueError unless the runs in these folders are of the same files of code, and data."""
+    seen = {}
+    for folder in folders:
+        config = read_json(folder / "config.json", sealed=True)
+        for name, digest in (config["files"] | {"its dataset": config["data"]}).items():
+            if seen.setdefault(name, digest) != digest:
+                raise ValueError(f"{folder} is not comparable: {name} changed before that run")
 
 
 def flat(config):

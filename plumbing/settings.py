@@ -18,12 +18,17 @@ import traceback
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 import fl
 from scale.machine import MACHINE
 
 HERE = Path(__file__).parents[1]
+
+
+TAKEN = ("list", "resume", "seeds", "name", "out", "quick", "help", "folder", "watch")
+TAKEN += tuple(name for name, x in vars(fl.FedAvg).items() if callable(x))  # the hooks
 
 
 class Setting(NamedTuple):
@@ -50,15 +55,22 @@ def settings_of(part):
             default = (
                 parameters[name].default if name in parameters else getattr(part, name, nothing)
             )
+            kind, words = hint.__origin__, get_args(hint.__origin__)
+            where = f"the setting {name} of {part.__name__}"
             if default is nothing:
-                raise ValueError(f"the setting {name} of {part.__name__} has no default")
-            settings[name] = Setting(hint.__origin__, meaning, lowest, highest, default)
+                raise ValueError(f"{where} has no default")
+            if kind not in (int, float, bool, str) and {type(x) for x in words} != {str}:
+                raise ValueError(f"{where} is no int, float, bool, str or Literal of words")
+            if name in TAKEN or name.startswith("_"):
+                raise ValueError(f"{where} has a name that is taken; rename it")
+            settings[name] = Setting(kind, meaning, lowest, highest, default)
     return settings
 
 
 def check(name, value, setting):
     """The value, in the type of the setting; ValueError if it is not legal."""
     kind, _, lowest, highest, _ = setting
+    value = value.item() if isinstance(value, np.generic) else value
     words = get_args(kind)  # of a Literal
     if words and value not in words:
         raise ValueError(f"{name} = {value!r} is unknown; {closest(value, words)}")
@@ -212,7 +224,7 @@ def from_file(kind, path, member):
     label = "reader_" + path.stem  # a file called sam.py must not replace ours
     text, loaded = path.read_bytes(), sys.modules.get(label)
     if loaded is None or loaded.text != text:  # otherwise its classes must stay the same objects
-        loaded = sys.modules[label] = import_file(label, path)
+        loaded = import_file(label, path)
         loaded.text = text
     found = {n: x for n, x in vars(loaded).items() if not n.startswith("_") and is_part(kind, x)}
     if member not in found:
@@ -224,10 +236,12 @@ def import_file(label, path):
     """The module in a file, under another name."""
     spec = importlib.util.spec_from_file_location(label, path.absolute())
     module = importlib.util.module_from_spec(spec)
+    sys.modules[label] = module  # now, since a dataclass looks itself up there
     sys.path.append(str(path.absolute().parent))  # for other files beside it; ours come first
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[label]
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
         where = f" (line {lines[-1]})" if lines else ""  # a SyntaxError says it itself
@@ -238,6 +252,9 @@ def import_file(label, path):
 
 def who_has(name, known):
     """A hint about a setting that this run has not: which parts have it, or a similar name."""
+    for other in (name.replace("_", "-"), name.replace("-", "_")):
+        if other in known:
+            return f"did you mean {other}?"
     name, having = name.replace("-", "_"), []
     for kind in PLACES:
         for label, part in parts(kind).items():
@@ -269,7 +286,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         known = [flag[2:] for action in self._actions for flag in action.option_strings]
-        unknown = message.partition("unrecognized arguments: --")[2].split(" ")[0]
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].lstrip("-")
         if unknown:
             message = f"{unknown} is no setting of this run; {who_has(unknown, known)}"
         for action in self._actions:
@@ -281,7 +298,7 @@ class Parser(argparse.ArgumentParser):
 def add_flag(group, name, setting):
     """The flag --NAME of a setting."""
     flag, text = "--" + name.replace("_", "-"), f"{setting.meaning} (default {setting.default})"
-    words = get_args(setting.type)
+    words, text = get_args(setting.type), text.replace("%", "%%")
     if setting.type is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif words:

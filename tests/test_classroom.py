@@ -485,6 +485,22 @@ def test_a_handout_holds_no_answer():
     assert not any("solutions" in path or "predictions" in path for path in files)
 
 
+def test_answers_are_not_overwritten_by_new_stubs(tmp_path, monkeypatch, capsys):
+    place = tmp_path / "classroom" / "exercises.py"
+    for path in {"fl.py", *handout.holes()}:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    place.parent.mkdir()
+    monkeypatch.setattr(handout, "ROOT", tmp_path)
+    assert handout.main([]) == 0 and handout.answered(place.read_text()) == []
+    place.write_text(place.read_text().replace(f"    {handout.HOLE}", "    return 1", 1))
+    answers = place.read_text()
+    assert handout.main([]) == 2 and "holds answers (TopK.encode)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        handout.main(["--help"])
+    assert place.read_text() == answers
+
+
 def test_a_handout_has_all_that_its_chapters_import(tmp_path):
     handout.write_tree(handout.tree(data=False), tmp_path)
     words = [sys.executable, "-P", "run.py", "--list"]

@@ -379,7 +379,7 @@ def test_c_i_is_the_mean_of_the_gradients_with_weight_decay(M):
 def test_with_one_client_scaffold_has_nothing_to_correct():
     for wire in WIRES:
         task = Linear(sizes=(9,))
-        assert near(run(SCAFFOLD, task, wire=wire).w, run(FedAvg, task, wire=wire).w)
+        assert near(run(SCAFFOLD, task, m=1, wire=wire).w, run(FedAvg, task, m=1, wire=wire).w)
 
 
 FINE = {"identity": Identity(f64), "qsgd": QSGD(4, "l2", 0, f64)}
@@ -447,9 +447,9 @@ def test_feddyn_ends_where_the_clients_gradients_cancel():
 def test_fedprox_holds_its_clients_the_tighter_the_larger_prox_is():
     task = quadratics(N=1, K=1000)
     point = (task.a * task.b + 2 * task.w0) / (task.a + 2)  # the proximal point
-    assert near(run(FedProx, task, 1, prox=2.0, clip=0.0).w, point[0], 1e-9)
+    assert near(run(FedProx, task, 1, m=1, prox=2.0, clip=0.0).w, point[0], 1e-9)
     moves = [
-        float((run(FedProx, task, 1, prox=p, lr=0.5 / (p + 3)).w - task.w0).norm())
+        float((run(FedProx, task, 1, m=1, prox=p, lr=0.5 / (p + 3)).w - task.w0).norm())
         for p in (0.0, 1.0, 10.0, 1000.0)
     ]
     assert moves == sorted(moves, reverse=True) and moves[-1] < 0.02 * moves[0]

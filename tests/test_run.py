@@ -298,6 +298,64 @@ def test_run_files_of_the_reader_that_do_not_fit_are_one_value_error(tmp_path):
         run.find("algo", f"{tmp_path}/nothing.py:M")
 
 
+def test_run_a_dataclass_of_the_reader_with_annotations_of_the_future_is_imported(tmp_path):
+    (tmp_path / "future.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport compress\n"
+        "@dataclass(frozen=True)\nclass Half(compress.Identity):\n    pass\n"
+    )
+    assert run.find("compress", f"{tmp_path / 'future.py'}:Half").__name__ == "Half"
+
+
+@pytest.mark.parametrize(
+    "setting, hint",
+    [
+        ("q: Annotated[list, 'a list'] = []", "no int, float, bool, str or Literal of words"),
+        ("q: Annotated[Literal[1, 2], 'numbers'] = 1", "no int, float, bool, str or Literal"),
+        ("seeds: Annotated[int, 'of the command line'] = 1", "a name that is taken"),
+        ("loss: Annotated[float, 'a hook'] = 1.0", "a name that is taken"),
+        ("_q: Annotated[float, 'hidden'] = 1.0", "a name that is taken"),
+    ],
+)
+def test_run_a_setting_of_no_legal_type_or_name_is_refused(setting, hint, tmp_path):
+    text = "from typing import Annotated, Literal\nimport fl\nclass M(fl.FedAvg):\n    "
+    (tmp_path / "mine.py").write_text(text + setting + "\n")
+    with pytest.raises(ValueError, match=f"of M .*{hint}"):
+        run.resolve(algo=f"{tmp_path / 'mine.py'}:M")
+
+
+def test_run_a_per_cent_sign_in_a_meaning_is_shown(tmp_path, capsys):
+    text = "from typing import Annotated\nimport fl\nclass M(fl.FedAvg):\n"
+    (tmp_path / "mine.py").write_text(text + "    q: Annotated[float, 'a share in %'] = 1.0\n")
+    with pytest.raises(SystemExit, match="0"):
+        run.main(["--algo", f"{tmp_path / 'mine.py'}:M", "--help"])
+    assert "a share in % (default 1.0)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_run_numbers_of_numpy_are_numbers():
+    settings = run.resolve(lr=np.float64(0.25), rounds=np.int64(30), clip=np.float32(2))
+    assert (settings["lr"], settings["rounds"], settings["clip"]) == (0.25, 30, 2.0)
+    assert {type(settings[name]) for name in ("lr", "rounds", "clip")} == {float, int}
+    with pytest.raises(ValueError, match="rounds = 3.0 is no int"):
+        run.resolve(rounds=np.float64(3))
+
+
+def test_run_compressors_and_splits_of_wrong_shape_are_refused(tmp_path, run_tiny):
+    (tmp_path / "mine.py").write_text(
+        "import compress\nimport numpy as np\n"
+        "class Short(compress.Identity):\n"
+        "    def decode(self, buffer, d):\n        return super().decode(buffer, d)[:1]\n"
+        "def fewer(labels, N, rng):\n    return np.array_split(np.arange(len(labels)), N - 1)\n"
+        "def below(labels, N, rng):\n    return np.array_split(np.arange(len(labels)) - 1, N)\n"
+        "def above(labels, N, rng):\n    return np.array_split(np.arange(len(labels)) + 1, N)\n"
+        "def masks(labels, N, rng):\n    return [labels % N == i for i in range(N)]\n"
+    )
+    with pytest.raises(ValueError, match=r"decodes \[1\] and not \["):
+        run.experiment(**run_tiny("fedavg", compress=f"{tmp_path / 'mine.py'}:Short"))
+    for name in ("fewer", "below", "above", "masks"):
+        with pytest.raises(ValueError, match=f"{name}' must give N = 5 arrays of numbers in 0..69"):
+            run.experiment(**run_tiny("fedavg", partition=f"{tmp_path / 'mine.py'}:{name}"))
+
+
 def test_run_a_setting_with_the_name_of_another_one_is_refused(tmp_path):
     path, text = tmp_path / "mine.py", "from typing import Annotated\nimport fl\n"
     path.write_text(text + 'class M(fl.FedAvg):\n    alpha: Annotated[float, "mine"] = 0.5\n')
@@ -598,6 +656,64 @@ def test_run_a_folder_is_continued_only_by_the_run_that_it_holds(tmp_path, run_t
         run.experiment(folder, **settings)
 
 
+def test_run_a_folder_is_not_continued_with_other_clients(tmp_path, run_tiny, run_images):
+    own, folder = tmp_path / "own.npz", tmp_path / "a"
+    with np.load(run_images) as pack:
+        arrays = dict(pack)
+    np.savez(own, **arrays, client_train=np.arange(90) % 5)
+    settings = run_tiny("fedavg", dataset=str(own), val=0, rounds=2)
+    run.experiment(folder, **settings)
+    np.savez(own, **arrays, client_train=np.arange(90) // 18)
+    with pytest.raises(ValueError, match="of another run: data was"):
+        run.experiment(folder, **settings)
+
+
+def test_run_a_folder_of_other_things_is_left_alone(tmp_path, run_tiny):
+    for name in ("log.jsonl", "curve.png", "result.json", "checkpoint.pt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        with pytest.raises(ValueError, match=f"holds {name} and no run"):
+            run.experiment(folder, **run_tiny("fedavg"))
+        assert [path.read_text() for path in folder.iterdir()] == ["precious"]
+
+
+def test_run_a_file_that_changes_during_a_comparison_is_no_part_of_its_table(
+    tmp_path, run_tiny, capsys, monkeypatch
+):
+    mine, real = tmp_path / "mine.py", run.experiment
+    mine.write_text(RUN_MINE)
+
+    def edited(folder, **settings):
+        outcome = real(folder, **settings)
+        mine.write_text(RUN_MINE.replace("(1 + self.strength)", "(2 + self.strength)"))
+        return outcome
+
+    monkeypatch.setattr(run, "experiment", edited)
+    tiny = run_tiny(rounds=2)
+    del tiny["algo"]
+    words = [*run_words(tiny), "--algo", f"{mine}:Mine", "--seeds", "3", "--out", tmp_path]
+    code, out, err = run_main(capsys, *words)
+    assert code == 1 and err.count("mine.py changed before that run") == 2
+    assert re.search(r"\| 1 \|$", out, re.M)  # one run in the table
+
+
+def test_run_a_method_that_breaks_does_not_stop_the_others(tmp_path, run_tiny, capsys):
+    text = "import fl\nclass M(fl.FedAvg):\n    def aggregate(self, *a, **b):\n        return {}[0]"
+    (tmp_path / "mine.py").write_text(text)
+    tiny = run_tiny(rounds=2)
+    del tiny["algo"]
+    methods = ["--algo", f"{tmp_path / 'mine.py'}:M", "--algo", "fedavg"]  # as both in one
+    code, out, err = run_main(capsys, *run_words(tiny), *methods, "--out", tmp_path)
+    assert code == 1 and "M-s0: KeyError: 0" in err and "| fedavg |" in out
+
+
+def test_run_a_rank_without_a_world_is_no_rank(tmp_path, run_tiny, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run.experiment(tmp_path / "a", **run_tiny("fedavg", rounds=2))
+    assert (tmp_path / "a" / "result.json").exists()
+
+
 def test_run_a_folder_never_brings_its_own_code(tmp_path, run_tiny, capsys):
     mine, folder = tmp_path / "mine.py", tmp_path / "a"
     mine.write_text(RUN_MINE)
@@ -860,6 +976,8 @@ def test_run_help_shows_the_parts_in_question(capsys):
         ("--lr x", "invalid float"),
         ("--average sizes", "did you mean size"),
         ("--rouns 3", "did you mean rounds"),
+        ("--local_steps 3", "did you mean local-steps?"),
+        ("-lr 0.1", "did you mean lr?"),
         ("--radius 0.1", "did you mean rho"),
         ("--epochs 3", "did you mean local-epochs or"),
         ("--learning-rate 3", "did you mean lr"),

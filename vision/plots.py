@@ -63,8 +63,10 @@ def curve(path, logs, title):
             zoom(axis, ends, y_label)
         handles, labels = axes[0].get_legend_handles_labels()
         if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
-        figure.suptitle(title, weight="bold")
+            under = {"loc": "outside lower center", "ncols": min(7, len(labels))}
+            for text in figure.legend(handles, labels, **under).get_texts():
+                text.set_parse_math(False)  # a $ in a name is no mathematics
+        figure.suptitle(title, weight="bold", parse_math=False)
 
 
 def evaluated(runs):

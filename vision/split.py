@@ -43,11 +43,9 @@ def partition(split, labels, N, seed=0, **settings):
     name = split if isinstance(split, str) else split.__name__
     split = SPLITS.get(split, split)
     labels = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
-    if not 1 <= N <= len(labels):
-        raise ValueError(
-            f"{N} clients cannot share {len(labels)} training images; "
-            f"clients must be in 1..{len(labels)}"
-        )
+    n = len(labels)
+    if not 1 <= N <= n:
+        raise ValueError(f"{N} clients cannot share {n} training images; clients must be in 1..{n}")
     alpha = settings.get("alpha", 1)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha = {alpha} must be a finite number above 0")
@@ -57,6 +55,10 @@ def partition(split, labels, N, seed=0, **settings):
         raise ValueError(
             f"partition {name!r} leaves a client without images; take fewer clients than {N}{more}"
         )
+    numbers = np.concatenate(parts)
+    whole = numbers.dtype.kind in "iu"
+    if len(parts) != N or not whole or numbers.min() < 0 or numbers.max() >= n:
+        raise ValueError(f"partition {name!r} must give N = {N} arrays of numbers in 0..{n - 1}")
     return [torch.from_numpy(np.sort(part)) for part in parts]
 
 
