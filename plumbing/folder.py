@@ -74,9 +74,13 @@ def described(settings, images):
     labels = {kind: label_of(kind, settings[kind]) for kind in PLACES}
     words = [word for label in labels.values() for word in label.split("+") if ":" in word]
     files = [Path(word.rpartition(":")[0]) for word in words]
+    code = {str(f): f.read_bytes() for f in files if f.is_file()}
+    for kind, label in labels.items():  # a class of a notebook has no file, and may change, too
+        if callable(settings[kind]) and ":" in label and label.rpartition(":")[0] not in code:
+            code[label] = source_of(settings[kind])
     numbers = {
         "settings": {k: v for k, v in (settings | labels).items() if not changes_seconds(k)},
-        "files": {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()},
+        "files": {name: hashlib.sha256(text).hexdigest() for name, text in code.items()},
         "data": digest_of(images),
     }
     digest = checksum(numbers)[:8]
@@ -92,6 +96,16 @@ def label_of(kind, part):
         return f"{inspect.getsourcefile(part)}:{part.__name__}"
     except (OSError, TypeError):  # from a notebook or an interpreter
         return f"{part.__module__}:{part.__name__}"
+
+
+def source_of(part):
+    """The text of a class or function as bytes; of an interpreter's, which has none, its code."""
+    try:
+        return inspect.getsource(part).encode()
+    except (OSError, TypeError):
+        functions = vars(part).values() if inspect.isclass(part) else [part]
+        codes = [f.__code__ for f in functions if inspect.isfunction(f)]
+        return repr([(c.co_code, c.co_consts, c.co_names) for c in codes]).encode()
 
 
 def digest_of(images):

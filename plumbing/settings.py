@@ -132,6 +132,14 @@ PLACES = {
 }
 
 
+NEEDS = {
+    "algo": "a method derives from fl.FedAvg or from another method",
+    "compress": "a compressor is a class with encode and decode",
+    "model": "a network is a torch.nn.Module whose constructor takes image_shape and classes",
+    "partition": "a split is a function whose arguments begin with labels, N, rng",
+}
+
+
 def is_part(kind, thing):
     """Is this member of a module a method, a compressor, a network or a split?"""
     if kind == "partition":
@@ -142,7 +150,9 @@ def is_part(kind, thing):
     if kind == "model":
         network = issubclass(thing, torch.nn.Module)
         return network and "image_shape" in inspect.signature(thing).parameters
-    return issubclass(thing, fl.FedAvg) if kind == "algo" else hasattr(thing, "encode")
+    if kind == "algo":
+        return issubclass(thing, fl.FedAvg)
+    return hasattr(thing, "encode") and hasattr(thing, "decode")
 
 
 def name_of(part):
@@ -171,6 +181,8 @@ def parts(kind):
 def find(kind, name):
     """A part: itself, by its name, as FILE.py:NAME, or two methods combined as NAME+NAME."""
     if callable(name):
+        if not is_part(kind, name):
+            raise ValueError(f"{name} is no {kind}; {NEEDS[kind]}")
         return name
     if not isinstance(name, str):
         raise ValueError(f"{kind} = {name!r}: a run has one, a name or a class")
@@ -228,7 +240,8 @@ def from_file(kind, path, member):
         loaded.text = text
     found = {n: x for n, x in vars(loaded).items() if not n.startswith("_") and is_part(kind, x)}
     if member not in found:
-        raise ValueError(f"{path}:{member} is no {kind}; {closest(member, found)}")
+        hint = NEEDS[kind] if hasattr(loaded, member) or not found else closest(member, found)
+        raise ValueError(f"{path}:{member} is no {kind}; {hint}")
     return found[member]
 
 

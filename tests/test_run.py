@@ -296,6 +296,10 @@ def test_run_files_of_the_reader_that_do_not_fit_are_one_value_error(tmp_path):
                     run.find(kind, f"{tmp_path / name}.py:{member}")
     with pytest.raises(ValueError, match="there is no file"):
         run.find("algo", f"{tmp_path}/nothing.py:M")
+    for kind, need in (("algo", "fl.FedAvg"), ("model", "image_shape"), ("partition", "labels, N")):
+        for thing in (f"{tmp_path}/fine.py:M", print):
+            with pytest.raises(ValueError, match=need):
+                run.find(kind, thing)
 
 
 def test_run_a_dataclass_of_the_reader_with_annotations_of_the_future_is_imported(tmp_path):
@@ -666,6 +670,20 @@ def test_run_a_folder_is_not_continued_with_other_clients(tmp_path, run_tiny, ru
     np.savez(own, **arrays, client_train=np.arange(90) // 18)
     with pytest.raises(ValueError, match="of another run: data was"):
         run.experiment(folder, **settings)
+
+
+def test_run_a_class_without_a_file_is_not_taken_for_another_one(tmp_path, run_tiny):
+    def defined(factor):
+        made = {"fl": fl, "__name__": "notebook"}
+        text = "class M(fl.FedAvg):\n    def correct(self, g, *_):\n"
+        exec(f"{text}        return {factor} * g", made)
+        return made["M"]
+
+    settings = run_tiny("fedavg", rounds=2)
+    run.experiment(tmp_path / "a", **settings | {"algo": defined(1)})
+    run.experiment(tmp_path / "a", **settings | {"algo": defined(1)})
+    with pytest.raises(ValueError, match="of another run: .*M was"):
+        run.experiment(tmp_path / "a", **settings | {"algo": defined(2)})
 
 
 def test_run_a_folder_of_other_things_is_left_alone(tmp_path, run_tiny):
