@@ -17,8 +17,8 @@ but for clipping and error feedback,
     w = w + server_lr * torch.stack(updates).mean(0)
 
 Every client i has its own loss F_i; the goal is the minimum of their mean F. During the K steps a
-client moves towards the minimum of F_i instead: it drifts. A method is FedAvg with some of these
-hooks, the functions that the loop calls, changed; here in the order of a round:
+client moves towards the minimum of F_i instead: it drifts. A method is FedAvg with some of its
+hooks changed. A hook is a function that the loop calls; here they are in the order of a round:
 
     server   first_state      what it keeps, before round 0
              prepare          its work before a round
