@@ -174,6 +174,17 @@ POOLED = {  # what is compared: the claims that have it, and what the two arms a
         "remedy": f"{SHARP}fedsynsam - {SHARP}fedsam",
         "whose": "FedAvg, synthetic - FedAvg, own",
     },
+} | {
+    f"photographs: {first} minus {second}": dict.fromkeys(
+        ("overfit", "again"), f"Dir 0.1, {first} - Dir 0.1, {second}"
+    )
+    for first, second in (
+        ("own", "fedavg"),
+        ("another batch", "fedavg"),
+        ("true", "fedavg"),
+        ("synthetic", "fedavg"),
+        ("own", "true"),
+    )
 }
 
 

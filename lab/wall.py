@@ -65,7 +65,7 @@ END = (
     "Flatness goes with the gain in two jobs, nearness to the global gradient in one: neither is "
     "the whole answer, and a correlation is not a cause. No interval is corrected for their "
     "number. With the correction the gain of the own gradient in the third job is not "
-    "significant; with all 50,000 images of CIFAR-10 it is. Claims, rules, settings: results/."
+    "significant; with new seeds, and with all 50,000 images, it is. Claims, rules: results/."
 )
 AXES = {
     "cos_used": ("cosine of u to the global gradient", "cosine"),
