@@ -30,7 +30,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     means        FedSynSAM with mean images of each class in place of learnt ones
     corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
-    again        five of these with other seeds
+    again        some of these with other seeds
     cifar        the same with all 50,000 images of CIFAR-10, for a GPU
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the job of untuned

@@ -193,8 +193,8 @@ class Overfit(Skew):
     )
     source = "this project, after m-sharpness in Foret et al. 2021"
     refuted = "one of these differences of test loss has the other sign"
-    columns = ("accuracy", "train_accuracy", "val_accuracy", "test_loss", "eigenvalue")
-    columns += ("mean_model", "cos_own", "cos_used", "seconds")
+    columns = ("accuracy", "train_accuracy", "val_accuracy", "test_loss", "eigenvalue", "sam")
+    columns += ("mean_model", "cos_own", "cos_used", "mb_up", "seconds")
     panels = ("test_loss", "accuracy", "eigenvalue")
     pictures = {"_against": functools.partial(figures.draw_against, gain="test_loss")}
     apart = "server|momentum|no ascent|negative|with rho"  # of a picture of ascents, of one radius
@@ -236,6 +236,9 @@ class Overfit(Skew):
         super().check()
         photographs_are_there(self.size)
 
+    def measures(self, seed):
+        return {"sam": {}}
+
     def settings(self, split, name):
         own = super().settings(split, name)
         if self.size == "quick":  # which has four rounds
@@ -256,10 +259,10 @@ class Overfit(Skew):
 
 
 class Again(Overfit):
-    """Five directions of Overfit with four new seeds, all on CPU cores, and their SAM sharpness.
+    """Directions of Overfit with four new seeds, all on CPU cores, and their SAM sharpness.
 
     With three seeds the gain of the own gradient over FedAvg did not count after the correction.
-    The rules are Overfit's, and stood before these runs.
+    The rules are Overfit's, and stood before these runs. Only the first five are judged.
     """
 
     says = (
@@ -267,14 +270,13 @@ class Again(Overfit):
         "very batch of the step lowers the test loss, more than the true global direction, the "
         "synthetic one or another batch of the same client do"
     )
-    columns = (*Overfit.columns[:-1], "sam", "mb_up", "seconds")
     splits = {"Dir 0.1": Skew.splits["Dir 0.1"]}
     hard, repeats, first_seed = ("Dir 0.1",), 4, 5
     named = ("fedavg", "own (FedSAM)", "synthetic (FedSynSAM)", "true (oracle)", "another batch")
-    directions = {name: Overfit.directions[name] for name in named}
-
-    def measures(self, seed):
-        return {"sam": {}}
+    later = ("last update (FedLESAM)", "random", "mixture (FedSynSAM)", "debiased", "negative")
+    later += ("another client", "whole client", "synthetic, not learnt", "synthetic, anew every 25")
+    directions = {name: Overfit.directions[name] for name in (*named, *later)}
+    judged = Overfit.judged[:4]
 
     def rules(self, table):
         others = [arm for arm in arms_of(table) if arm != self.baseline(arm)]
