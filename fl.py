@@ -230,8 +230,8 @@ class SCAFFOLD(FedAvg):
     With variate below 1, c - c_i grows until variate (c - c_i) is the full correction: later, not
     smaller. As in Algorithm 1 both vectors are sent, although here the server could compute the
     second one from the first.
-    Error feedback is for the update only. A change of c_i starts from the c_i that the decoded
-    changes add up to, which is also what c contains: so it repairs what compression did to c_i.
+    Error feedback is for the update only. The next change of c_i starts from the decoded c_i, which
+    is the one in c, and so makes good what compression did to the last change.
     """
 
     variate: Annotated[float, "factor of c - c_i; 0: no correction", 0, None] = 1.0
@@ -400,14 +400,14 @@ class Federation:
         average: Annotated[Literal["uniform", "size"], "weights of the clients"] = "uniform",
         error_feedback: Annotated[
             Literal["auto", "on", "off"],
-            "send later what compression removed; auto: if biased and contractive",
+            "send later what compression removed; auto: for biased, contractive compressors",
         ] = "auto",
     ):
         self.method, self.task, self.compressor = method, method.task, compressor
-        sizes = self.task.sizes
-        if not 1 <= participation <= len(sizes):
-            N = len(sizes)
-            raise ValueError(f"participation = {participation}; it must be in 1..{N} clients")
+        sizes, N = self.task.sizes, len(self.task.sizes)
+        if not 1 <= participation <= N:
+            legal = f"it must be in 1..{N} clients"
+            raise ValueError(f"participation = {participation} is out of range; {legal}")
         self.m, self.feedback = participation, self.feeds_back(error_feedback)
         self.weights = {"uniform": [1] * len(sizes), "size": sizes}[average]
         self.w, self.t = self.task.w0.clone(), 0

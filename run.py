@@ -127,7 +127,7 @@ def quick(**given):
 
 
 def filled(**given):
-    """As `resolve`, each setting for itself."""
+    """As `resolve`, but each setting is checked by itself, not with the others."""
     settings, owner = {}, {}
     for part in owners(given):
         for name, setting in settings_of(part).items():
@@ -331,25 +331,27 @@ def runs_of(given, seeds=1, settle=resolve):
 def compare(folder, runs):
     """Make the runs {name: settings} in folders of their own, then table.md and curve.png.
 
-    A run that fails does not stop the others, and leaves an older table as it was. Returns the exit
+    A run that fails does not stop the others, and leaves an older table as it was; but under
+    torchrun only a run that diverges, which all processes see, lets them go on. Returns the exit
     code: 1 if one failed.
     """
-    results, logs, done, failed = {}, {}, [], 0  # {arm: [one for each seed]}
+    results, logs, failed = {}, {}, 0  # {arm: [one for each seed]}
+    versions = {}  # of the files and data that the runs have used
     several_compressors = len({settings["compress"] for settings in runs.values()}) > 1
     for name, settings in runs.items():
         arm = settings["algo"] + (f", {settings['compress']}" if several_compressors else "")
         try:
             outcome = experiment(folder and folder / name, **settings)
             if first_rank():
-                one_version([*done, folder / name])
-                done.append(folder / name)
+                one_version(folder / name, versions)
             results.setdefault(arm, []).append(outcome.result)
             logs.setdefault(arm, []).append(outcome.log)
         except Exception as error:
             if "WORLD_SIZE" in os.environ and not isinstance(error, FloatingPointError):
                 raise  # other ranks may not see it, and would wait
-            kind = "" if isinstance(error, (ValueError, ArithmeticError, OSError)) else type(error)
-            complain(f"{name}: {kind and kind.__name__ + ': '}{error}{place_of(error)}")
+            said = isinstance(error, (ValueError, ArithmeticError, OSError))  # in words
+            what = error if said else f"{type(error).__name__}: {error}"
+            complain(f"{name}: {what}{place_of(error)}")
             failed = 1
     if results and first_rank():
         if not failed or not (folder / "table.md").exists():

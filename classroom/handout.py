@@ -254,7 +254,8 @@ def answered(text):
     tree, found = ast.parse(text), []
     for name in ["Mine.direction", *(name for names in holes().values() for name in names)]:
         try:
-            found += [name] if HOLE not in ast.unparse(defined(tree, name)) else []
+            if HOLE not in ast.unparse(defined(tree, name)):
+                found.append(name)
         except StopIteration:  # it is not there: a new exercise, or one of HIDDEN
             continue
     return found

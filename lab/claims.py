@@ -31,7 +31,7 @@ comparisons, and the verdict (verdicts.py); `python -m lab.report` writes the pa
     corrected    the same directions on top of drift correction, at one class per client
     overfit      the same directions where training overfits, on photographs
     again        some of these with other seeds
-    cifar        the same with all 50,000 images of CIFAR-10, for a GPU
+    cifar        six of these with all 50,000 images of CIFAR-10, for a GPU
     photographs  where compression sharpens there
     descent      the synthetic gradient in the descent, too, in the job of untuned
     radius       that job with a radius of its own for each direction

@@ -151,14 +151,12 @@ def agree(path, config):
             raise ValueError(f"{path} is of another run: {name} was {old!r}, and is {new!r} now")
 
 
-def one_version(folders):
-    """ValueError unless the runs in these folders are of the same files of code, and data."""
-    seen = {}
-    for folder in folders:
-        config = read_json(folder / "config.json", sealed=True)
-        for name, digest in (config["files"] | {"its dataset": config["data"]}).items():
-            if seen.setdefault(name, digest) != digest:
-                raise ValueError(f"{folder} is not comparable: {name} changed before that run")
+def one_version(folder, seen):
+    """Add the code and data of a run to seen, {name: digest}; ValueError if one of them changed."""
+    config = read_json(folder / "config.json", sealed=True)
+    for name, digest in (config["files"] | {"its dataset": config["data"]}).items():
+        if seen.setdefault(name, digest) != digest:
+            raise ValueError(f"{folder} is not comparable: {name} changed before that run")
 
 
 def flat(config):

@@ -299,9 +299,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         known = [flag[2:] for action in self._actions for flag in action.option_strings]
-        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].lstrip("-")
-        if unknown:
-            message = f"{unknown} is no setting of this run; {who_has(unknown, known)}"
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        if unknown.startswith("-"):  # another word, as "true" behind a switch, is no flag
+            hint = who_has(unknown.lstrip("-"), known)
+            message = f"{unknown.removeprefix('--')} is no setting of this run; {hint}"
         for action in self._actions:
             if message == f"argument {'/'.join(action.option_strings)}: expected one argument":
                 message = f"{action.option_strings[0]} needs a value: {action.metavar}"
